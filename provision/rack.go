@@ -1,0 +1,120 @@
+package provision
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Rack is a checked rack file: what the operator wants. It is made by
+// provision/rack, which guarantees what the comments here state.
+type Rack struct {
+	Name     string    // short name of the site or rack, [a-z0-9-]
+	Image    string    // reference in the image store, for example "debian-13"
+	Networks []Network // at least one; subnets do not overlap
+	Nodes    []Node    // unique names, MACs, addresses and slots
+	Users    []User    // people who may log in on nodes; never empty keys
+	Host     HostSpec  // how every node is prepared
+	Stack    StackSpec // the IM service
+	Page     string    // host:port of the read-only web page; empty for none
+}
+
+// Network is one L2 segment that the disc host serves, through one interface.
+type Network struct {
+	Interface string       // name of the disc host's interface
+	Subnet    netip.Prefix // IPv4
+	DiscHost  netip.Addr   // the disc host's own address in Subnet
+	Gateway   netip.Addr   // zero value: none
+	DNS       []netip.Addr // may be empty
+	PoolFirst netip.Addr   // addresses for machines that are not in the rack file
+	PoolLast  netip.Addr
+	Lease     time.Duration // lease time for every address handed out
+}
+
+// Node is one target server and its place in the rack.
+type Node struct {
+	Name    string     // host name, [a-z0-9-], at most 63 characters
+	Slot    string     // place in the rack, for people; free text
+	MAC     MAC        // empty: waits for `platter node approve MAC NAME`
+	Address netip.Addr // static address, inside one of the rack's networks
+	Disk    DiskRule   // which disk to install on
+	Finish  Finish     // how the installer enters the installed system
+	Cmdline []string   // further kernel arguments of the installed system
+}
+
+// MAC is an Ethernet address in lower case with colons: 52:54:00:12:34:56.
+type MAC string
+
+// Finish says how the installer hands over to the installed system.
+type Finish string
+
+const (
+	FinishKexec  Finish = "kexec"  // start the installed kernel directly
+	FinishReboot Finish = "reboot" // go through the firmware once more
+)
+
+// DiskRule selects exactly one disk. Every field that is set must match; a
+// rule without fields matches every fixed, writable disk. None or several
+// matches stop the install: there is no first disk.
+type DiskRule struct {
+	Serial  string `json:"serial,omitempty"`
+	WWN     string `json:"wwn,omitempty"`
+	Path    string `json:"path,omitempty"`     // glob on /dev/NAME or a link in /dev/disk/by-path, for example pci-0000:00:1f.2-*
+	Model   string `json:"model,omitempty"`    // glob
+	MinSize int64  `json:"min_size,omitempty"` // bytes, inclusive
+	MaxSize int64  `json:"max_size,omitempty"` // bytes, inclusive
+	// Wipe allows the install to erase a disk that holds data Platter did not
+	// write. Without it such a disk is refused.
+	Wipe bool `json:"wipe,omitempty"`
+}
+
+// User is a person who may log in on nodes over ssh, by key only.
+type User struct {
+	Name string   `json:"name"` // "root" or a new account with sudo rights
+	Keys []string `json:"keys"` // authorized_keys lines
+}
+
+// HostSpec says how every node is prepared after its first boot.
+type HostSpec struct {
+	Bridges []Bridge `json:"bridges,omitempty"`
+}
+
+// Bridge is an Open vSwitch bridge without an uplink that domains attach to.
+type Bridge struct {
+	Name string `json:"name"` // at most 15 characters
+	MTU  int    `json:"mtu,omitempty"`
+}
+
+// StackSpec is the IM service: one ejabberd cluster over all nodes.
+type StackSpec struct {
+	Domain string `json:"domain"` // the XMPP domain, for example im.example.org
+}
+
+// NodeByName returns the node and whether the rack has it.
+func (r *Rack) NodeByName(name string) (Node, bool) {
+	for _, n := range r.Nodes {
+		if n.Name == name {
+			return n, true
+		}
+	}
+	return Node{}, false
+}
+
+// NodeByMAC returns the node with that MAC in the rack file.
+func (r *Rack) NodeByMAC(mac MAC) (Node, bool) {
+	for _, n := range r.Nodes {
+		if mac != "" && n.MAC == mac {
+			return n, true
+		}
+	}
+	return Node{}, false
+}
+
+// NetworkOf returns the network that contains addr.
+func (r *Rack) NetworkOf(addr netip.Addr) (Network, bool) {
+	for _, n := range r.Networks {
+		if n.Subnet.Contains(addr) {
+			return n, true
+		}
+	}
+	return Network{}, false
+}
