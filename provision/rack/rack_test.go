@@ -1,0 +1,141 @@
+package rack
+
+import (
+	"errors"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"platter/provision"
+	"platter/provision/yamlfile"
+)
+
+func TestEveryKeyIsRead(t *testing.T) {
+	r, err := Load("testdata/full.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n1, n2 := r.Nodes[0], r.Nodes[1]
+	if n1.MAC != "52:54:00:aa:00:01" || n2.MAC != "" {
+		t.Errorf("MACs are %q and %q", n1.MAC, n2.MAC)
+	}
+	if d := cmp.Diff(provision.DiskRule{MinSize: 100e9, MaxSize: 4e12}, n1.Disk); d != "" {
+		t.Error("the defaults' disk rule did not reach node1:", d)
+	}
+	if d := cmp.Diff(provision.DiskRule{Serial: "WD-1234", Wipe: true}, n2.Disk); d != "" {
+		t.Error("a node's disk rule must replace the default as a whole:", d)
+	}
+	if n1.Finish != provision.FinishKexec || n2.Finish != provision.FinishReboot {
+		t.Errorf("finish is %s and %s", n1.Finish, n2.Finish)
+	}
+	if len(n1.Cmdline) != 1 || len(n2.Cmdline) != 0 {
+		t.Errorf("cmdline is %q and %q", n1.Cmdline, n2.Cmdline)
+	}
+	if nw := r.Networks[0]; nw.Lease != 2*time.Minute || nw.PoolLast.String() != "10.77.0.250" || nw.Gateway.String() != "10.77.0.254" || len(nw.DNS) != 1 {
+		t.Errorf("network is %+v", nw)
+	}
+	if len(r.Users) != 2 || len(r.Users[1].Keys) != 1 || !strings.HasSuffix(r.Users[1].Keys[0], "ops@example") {
+		t.Errorf("users are %+v", r.Users)
+	}
+	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Host.Bridges[0].Name != "br-vm" {
+		t.Errorf("rack is %+v", r)
+	}
+}
+
+// All mistakes come at once, each on its own line of the file.
+func TestEveryMistakeIsNamedWithItsLine(t *testing.T) {
+	_, err := Load("testdata/mistakes.yaml")
+	var got yamlfile.Problems
+	if !errors.As(err, &got) {
+		t.Fatalf("want problems, got %v", err)
+	}
+	want := []struct {
+		line int
+		text string
+	}{
+		{1, `image is missing`}, {1, `stack is missing`}, {1, "lower-case letters"},
+		{2, `unknown key "images", did you mean "image"?`},
+		{5, "has host bits set, meant is 10.77.0.0/24"},
+		{8, "must be a time from 1m"},
+		{9, "interface eno1 is already used on line 4"},
+		{12, "the pool contains disc-host 10.99.0.1"},
+		{15, "must be one public key line"},
+		{16, "nobody could log in"},
+		{19, "multicast"},
+		{20, "is in the pool for unknown machines"},
+		{21, "must be kexec or reboot"},
+		{22, "min is larger than max"}, {22, "must be true or false"},
+		{23, "node node1 is already used on line 18"},
+		{26, "one kernel argument"},
+		{28, "mac 52:54:00:00:00:01 is already used on line 24"},
+		{29, "not a host address of 10.99.0.0/24"},
+		{30, `unknown key "slots", did you mean "slot"?`},
+	}
+	text := err.Error()
+	for _, w := range want {
+		found := false
+		for _, p := range got {
+			found = found || p.Line == w.line && strings.Contains(p.Message, w.text)
+		}
+		if !found {
+			t.Errorf("no problem on line %d that says %q", w.line, w.text)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("%d problems, want %d", len(got), len(want))
+	}
+	if t.Failed() {
+		t.Log("\n" + text)
+	}
+	if !strings.HasPrefix(strings.Split(text, "\n")[0], "testdata/mistakes.yaml:"+strconv.Itoa(1)) {
+		t.Errorf("problems are not in file order:\n%s", text)
+	}
+}
+
+func TestAFileThatIsNoRackFile(t *testing.T) {
+	for name, c := range map[string]struct{ in, want string }{
+		"empty":         {"", "r.yaml:1: the file is empty"},
+		"comment only":  {"# nothing\n", "the file is empty"},
+		"not YAML":      {"rack: [a\nnodes: }", "not valid YAML"},
+		"a list":        {"- a\n", "must be a mapping"},
+		"two documents": {"rack: a\n---\nrack: b\n", "a second document begins here"},
+		"alias":         {"rack: &x a\nimage: *x\n", "aliases are not supported"},
+		"twice":         {"rack: a\nrack: b\n", "given twice"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Parse("r.yaml", []byte(c.in))
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error is %v, want one that says %q", err, c.want)
+			}
+		})
+	}
+	if _, err := Load("testdata/absent.yaml"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("an absent file gives %v", err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	for _, name := range []string{"testdata/full.yaml", "testdata/mistakes.yaml"} {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		r, err := Parse("testdata/fuzz.yaml", data)
+		if err != nil {
+			return
+		}
+		// What is accepted can be planned for.
+		for _, n := range r.Nodes {
+			if _, err := provision.PlanFor(r, n, n.MAC, 1, provision.ImageRef{}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
