@@ -1,0 +1,186 @@
+package client
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"platter/provision"
+)
+
+// Operator speaks to the disc host on this machine.
+type Operator struct {
+	socket string
+	http   *http.Client
+}
+
+// NewOperator speaks over the Unix socket at path socket; it does not connect yet.
+func NewOperator(socket string) *Operator {
+	return &Operator{socket, &http.Client{Transport: transport("unix", socket, idleLimit)}}
+}
+
+// Close closes idle connections.
+func (o *Operator) Close() { o.http.CloseIdleConnections() }
+
+// Nodes returns all nodes in rack order, then machines that are in no rack file.
+func (o *Operator) Nodes(ctx context.Context) ([]provision.State, error) {
+	var out []provision.State
+	err := o.call(ctx, http.MethodGet, "/v1/nodes", nil, &out)
+	return out, err
+}
+
+// Node returns one node.
+func (o *Operator) Node(ctx context.Context, name string) (provision.State, error) {
+	var out provision.State
+	err := o.call(ctx, http.MethodGet, nodePath(name, ""), nil, &out)
+	return out, err
+}
+
+// Log returns the node's journal events with an id above after, oldest first.
+// A long journal comes in parts: ask again after the last id until none comes.
+func (o *Operator) Log(ctx context.Context, name string, after int64) ([]provision.Event, error) {
+	var out []provision.Event
+	err := o.call(ctx, http.MethodGet, nodePath(name, "/log")+"?after="+strconv.FormatInt(after, 10), nil, &out)
+	return out, err
+}
+
+// Reinstall raises the node's generation: its next network boot installs it.
+func (o *Operator) Reinstall(ctx context.Context, name string) (provision.State, error) {
+	return o.change(ctx, name, "/reinstall", nil)
+}
+
+// Withdraw closes the node's open grant without an install.
+func (o *Operator) Withdraw(ctx context.Context, name string) (provision.State, error) {
+	return o.change(ctx, name, "/withdraw", nil)
+}
+
+// Approve makes the machine with that MAC the node, which has none yet.
+func (o *Operator) Approve(ctx context.Context, name string, mac provision.MAC) (provision.State, error) {
+	return o.change(ctx, name, "/approve", ApproveRequest{MAC: mac})
+}
+
+func (o *Operator) change(ctx context.Context, name, what string, in any) (provision.State, error) {
+	var out provision.State
+	err := o.call(ctx, http.MethodPost, nodePath(name, what), in, &out)
+	return out, err
+}
+
+func nodePath(name, rest string) string { return "/v1/nodes/" + url.PathEscape(name) + rest }
+
+func (o *Operator) call(ctx context.Context, method, path string, in, out any) error {
+	return o.explain(call(ctx, o.http, method, "http://platter"+path, nil, in, out))
+}
+
+// explain turns a socket nobody serves into a sentence.
+func (o *Operator) explain(err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
+		return &Error{Code: CodeNotRunning, cause: err,
+			Message: "no disc host answers at " + o.socket, Next: "Start it with 'platter serve -c rack.yaml'."}
+	case errors.Is(err, os.ErrPermission):
+		return &Error{Code: CodeNotRunning, cause: err,
+			Message: "this user may not use " + o.socket, Next: "Run the command as root."}
+	}
+	return err
+}
+
+// Update is one thing that the event stream says: exactly one field is set.
+type Update struct {
+	Event *provision.Event // of the journal
+	State *provision.State // replaces what was known of that node
+}
+
+// Events yields the journal's events with an id above after (below 0: only
+// those to come), then every node's state, then whatever happens, until ctx
+// ends. When the connection is lost it yields the error and goes on from the
+// last event seen, without a gap; a caller that would not wait stops ranging.
+func (o *Operator) Events(ctx context.Context, after int64) iter.Seq2[Update, error] {
+	return func(yield func(Update, error) bool) {
+		for failures := 0; ctx.Err() == nil; {
+			last, heard, stopped, err := o.follow(ctx, after, yield)
+			after = last
+			if stopped || ctx.Err() != nil {
+				return
+			}
+			if heard {
+				failures = 0
+			}
+			if err != nil && !yield(Update{}, o.explain(err)) {
+				return
+			}
+			if pause(ctx, backoff(min(failures, 3))) != nil {
+				return
+			}
+			failures++
+		}
+	}
+}
+
+// follow reads one connection's events and returns the last id seen, whether
+// anything came, whether the caller had enough, and why it ended.
+func (o *Operator) follow(ctx context.Context, after int64, yield func(Update, error) bool) (last int64, heard, stopped bool, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://platter/v1/events?after="+strconv.FormatInt(after, 10), nil)
+	if err != nil {
+		return after, false, false, err
+	}
+	resp, err := o.http.Do(req)
+	if err != nil {
+		return after, false, false, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return after, false, false, readError(resp)
+	}
+	var kind, id string
+	var data strings.Builder
+	in := bufio.NewScanner(resp.Body)
+	in.Buffer(nil, maxReply)
+	for in.Scan() {
+		field, value, _ := strings.Cut(in.Text(), ":")
+		value = strings.TrimPrefix(value, " ")
+		switch {
+		case in.Text() == "" && data.Len() > 0:
+			var u Update
+			var target any
+			if kind == "state" {
+				u.State = new(provision.State)
+				target = u.State
+			} else {
+				u.Event = new(provision.Event)
+				target = u.Event
+			}
+			if err := json.Unmarshal([]byte(data.String()), target); err != nil {
+				return after, heard, false, fmt.Errorf("an event cannot be read: %w", err)
+			}
+			heard = true
+			if n, err := strconv.ParseInt(id, 10, 64); err == nil {
+				after = n // of a state: what is journaled up to here has been sent
+			}
+			if !yield(u, nil) {
+				return after, heard, true, nil
+			}
+			kind, id = "", ""
+			data.Reset()
+		case field == "event":
+			kind = value
+		case field == "id":
+			id = value
+		case field == "data":
+			data.WriteString(value)
+		}
+	}
+	if in.Err() != nil {
+		return after, heard, false, fmt.Errorf("the event stream broke off: %w", in.Err())
+	}
+	return after, heard, false, fmt.Errorf("the disc host ended the event stream: %w", io.ErrUnexpectedEOF)
+}
