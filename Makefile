@@ -1,0 +1,46 @@
+# Platter. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+GO          ?= go
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.7.0
+STORE       := build/store
+KEY         := build/keys/image.key
+export CGO_ENABLED = 0
+
+# What the disc host, the image build and the tests use, as Debian packages.
+PACKAGES := curl e2fsprogs dosfstools mtools fdisk gdisk zstd xz-utils iproute2 openssh-client \
+	ipxe mmdebstrap debian-archive-keyring arch-test \
+	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu \
+	dnsmasq-base kea-admin atftp tcpdump chromium netbase gcc libc6-dev
+
+GO_FILES := $(shell find cmd provision pxe images hostprep vmtest -name '*.go' -o -path '*/testdata' -prune -o -type f -name '*.html' -o -type f -name '*.js' -o -type f -name '*.css' 2>/dev/null)
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.PHONY: deps
+deps: build/.deps ## install the Debian packages that building and testing use (root)
+
+build/.deps: Makefile
+	@mkdir -p build
+	@missing=; for p in $(PACKAGES); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+		echo "installing:$$missing"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; \
+	fi
+	@touch $@
+
+.PHONY: build
+build: bin/platter bin/platter-node ## build bin/platter and bin/platter-node
+
+bin/platter: $(GO_FILES) go.mod go.sum
+	$(GO) build -trimpath -o $@ ./cmd/platter
+
+bin/platter-node: $(GO_FILES) go.mod go.sum
+	$(GO) build -trimpath -ldflags='-s -w' -o $@ ./cmd/platter-node
+
