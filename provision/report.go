@@ -42,9 +42,10 @@ type Report struct {
 	Facts map[string]string `json:"facts,omitempty"`
 }
 
-// IsProgress tells whether the report carries nothing worth keeping.
+// IsProgress tells whether the report carries nothing worth keeping: a count
+// of bytes, which repeats its phase, or only a sign of life.
 func (r Report) IsProgress() bool {
-	return r.Stage == "" && r.Log == "" && r.Failure == nil && len(r.Facts) == 0
+	return r.Stage == "" && r.Log == "" && r.Failure == nil && len(r.Facts) == 0 && (r.Phase == "" || r.Total > 0)
 }
 
 // Failure is a named stop: what happened and what the operator does next.

@@ -61,8 +61,16 @@ type State struct {
 	LastSeen    time.Time `json:"last_seen,omitzero"`
 }
 
+// Accepts tells whether a node of that generation still speaks for this one:
+// the generation granted last, or, while no install is due, the one that is on
+// the disk. The two differ after a reinstall that was withdrawn or that failed
+// before it touched the disk.
+func (s State) Accepts(generation int) bool {
+	return generation == s.Generation || !s.GrantOpen && generation > 0 && generation == s.Installed
+}
+
 // Apply returns the state after e. Events come in journal order; a report of
-// an older generation than the one granted changes nothing but LastSeen.
+// a generation that Accepts refuses changes nothing but LastSeen.
 func (s State) Apply(e Event) State {
 	if !e.Time.IsZero() && e.Kind != EventGrant && e.Kind != EventWithdraw && e.Kind != EventApprove && e.Kind != EventProbe {
 		s.LastSeen = e.Time
@@ -93,12 +101,12 @@ func (s State) Apply(e Event) State {
 			s.Stage = StageUnknown
 		}
 	case EventReport:
-		if e.Report == nil || e.Generation != s.Generation {
+		if e.Report == nil || !s.Accepts(e.Generation) {
 			return s
 		}
 		s = s.applyReport(e)
 	case EventProbe:
-		if e.Generation != s.Generation {
+		if !s.Accepts(e.Generation) {
 			return s
 		}
 		s.Stage, s.Failure = StageReady, nil
