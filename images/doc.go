@@ -1,0 +1,20 @@
+// Package images makes, keeps and serves what nodes boot and install.
+//
+// A Store is a folder of immutable objects named by their SHA-256, signed
+// manifests among them, and of refs: names that point to one manifest and move
+// in one atomic step.
+//
+//	objects/<sha256>           kernel, initramfs, pack, manifest
+//	objects/<sha256>.minisig   signature of a manifest
+//	refs/<name>                which manifest <name> now is
+//	keys/<name>.pub            minisign public keys whose signatures count
+//
+// BuildOS makes an operating system image: a Debian tree, turned into the parts
+// of a disk (see provision.Image), cut into frames of provision.FrameSize that
+// are compressed and hashed each on its own and lie one after the other in one
+// pack. Frames of zeros are left out. BuildInitramfs makes what a node boots
+// over the network: u-root, platter-node and the drivers of servers.
+//
+// Signatures are minisign's (https://jedisct1.github.io/minisign/), so that
+// anybody can check an image without Platter.
+package images

@@ -1,0 +1,49 @@
+package images
+
+import (
+	"errors"
+	"io/fs"
+	"net/http"
+	"os"
+	"regexp"
+)
+
+var objectURL = regexp.MustCompile(`^/objects/([0-9a-f]{64}(?:\.minisig)?)$`)
+
+// Handler serves GET and HEAD /objects/HASH and /objects/HASH.minisig, with
+// ranges. There is nothing else to be had: every other path gets a 404.
+func (s *Store) Handler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			w.Header().Set("Allow", "GET, HEAD")
+			http.Error(w, "objects can only be read", http.StatusMethodNotAllowed)
+			return
+		}
+		m := objectURL.FindStringSubmatch(r.URL.Path)
+		if m == nil {
+			http.Error(w, "no such object: the path is /objects/ and a SHA-256 in lower-case hex", http.StatusNotFound)
+			return
+		}
+		f, err := os.Open(s.objectPath(m[1]))
+		if errors.Is(err, fs.ErrNotExist) {
+			http.Error(w, "no such object: "+m[1], http.StatusNotFound)
+			return
+		}
+		if err != nil {
+			http.Error(w, "object "+m[1]+" cannot be read on the disc host", http.StatusInternalServerError)
+			return
+		}
+		defer f.Close()
+		st, err := f.Stat()
+		if err != nil || !st.Mode().IsRegular() {
+			http.Error(w, "object "+m[1]+" cannot be read on the disc host", http.StatusInternalServerError)
+			return
+		}
+		h := w.Header()
+		h.Set("Content-Type", "application/octet-stream")
+		h.Set("Etag", `"`+m[1]+`"`)
+		h.Set("Cache-Control", "public, max-age=31536000, immutable")
+		// The file goes in as it is, so that the kernel can send it.
+		http.ServeContent(w, r, "", st.ModTime(), f)
+	})
+}
