@@ -1,0 +1,340 @@
+package site
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"platter/provision"
+	"platter/provision/client"
+)
+
+// FileName is the site's file inside its directory.
+const FileName = "site.json"
+
+const (
+	lifetime = 20 * 365 * 24 * time.Hour
+	// backdate keeps a node whose clock is behind from refusing a young CA.
+	backdate = 24 * time.Hour
+
+	orgNode      = "platter node"
+	orgInventory = "platter machine" // in no rack file
+)
+
+// file is the JSON form of the site's file.
+type file struct {
+	Format int                 `json:"format"` // 1
+	CA     string              `json:"ca"`     // PEM
+	Key    string              `json:"key"`    // of the CA, PEM
+	Cookie string              `json:"cookie"`
+	Probes []provision.Account `json:"probes"`
+}
+
+// Site is the opened file. It is immutable and may be shared.
+type Site struct {
+	f   file
+	ca  *x509.Certificate
+	key *ecdsa.PrivateKey
+	now func() time.Time
+}
+
+// Open reads the site's file in the directory dir, or makes both at the first
+// start.
+func Open(dir string) (*Site, error) { return open(dir, time.Now) }
+
+func open(dir string, now func() time.Time) (*Site, error) {
+	path := filepath.Join(dir, FileName)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = create(dir, path, now()); err != nil {
+			return nil, fmt.Errorf("site file %s cannot be made: %w", path, err)
+		}
+		b, err = os.ReadFile(path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("site file: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, fmt.Errorf("site file: %w", err)
+	}
+	s := &Site{now: now}
+	if err := s.parse(b); err != nil {
+		return nil, fmt.Errorf("site file %s is damaged (%w): restore it from a copy; without it every node has to be installed anew", path, err)
+	}
+	return s, nil
+}
+
+// create makes the file at path, complete and durable, unless another process
+// was faster: then that one's stays, for it may already have been shown to a
+// node.
+func create(dir, path string, now time.Time) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	t := &x509.Certificate{
+		SerialNumber: serial(), Subject: pkix.Name{CommonName: "Platter site CA"},
+		NotBefore: now.Add(-backdate), NotAfter: now.Add(lifetime),
+		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true,
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, t, key.Public(), key)
+	if err != nil {
+		return err
+	}
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(file{
+		Format: 1, CA: encodeCert(der), Key: keyPEM, Cookie: rand.Text(),
+		Probes: []provision.Account{{User: "probe-a", Password: rand.Text()}, {User: "probe-b", Password: rand.Text()}},
+	}, "", "\t")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(dir, ".site-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(b)
+	if err := errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+	if err := os.Link(tmp.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	// The name must outlive a power cut too: nodes will trust this CA.
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+func (s *Site) parse(b []byte) error {
+	if err := json.Unmarshal(b, &s.f); err != nil {
+		return err
+	}
+	if s.f.Format != 1 {
+		return fmt.Errorf("its format is %d, this program knows 1", s.f.Format)
+	}
+	if s.f.Cookie == "" || len(s.f.Probes) != 2 {
+		return errors.New("it is incomplete")
+	}
+	pair, err := tls.X509KeyPair([]byte(s.f.CA), []byte(s.f.Key))
+	if err != nil {
+		return err
+	}
+	key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
+	if !ok || !pair.Leaf.IsCA {
+		return errors.New("it holds no ECDSA certificate authority")
+	}
+	s.ca, s.key = pair.Leaf, key
+	return nil
+}
+
+// CA returns the CA's certificate, PEM.
+func (s *Site) CA() string { return s.f.CA }
+
+// CACert returns the CA's certificate.
+func (s *Site) CACert() *x509.Certificate { return s.ca }
+
+// Pin returns the pin of the CA as boot scripts carry it, see client.Pin.
+func (s *Site) Pin() string { return client.Pin(s.ca) }
+
+// Probes returns the two accounts of the readiness probe.
+func (s *Site) Probes() [2]provision.Account { return [2]provision.Account(s.f.Probes) }
+
+// ServerTLS returns the configuration of a node API server at addresses, with
+// a key and certificate made for it now. A client may show a certificate of
+// this site; NodeFromTLS reads it.
+func (s *Site) ServerTLS(addresses []netip.Addr) (*tls.Config, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("server certificate: %w", err)
+	}
+	t := s.template("Platter disc host", x509.ExtKeyUsageServerAuth)
+	for _, a := range addresses {
+		t.IPAddresses = append(t.IPAddresses, net.IP(a.AsSlice()))
+	}
+	der, err := s.sign(t, key.Public())
+	if err != nil {
+		return nil, fmt.Errorf("server certificate: %w", err)
+	}
+	clients := x509.NewCertPool()
+	clients.AddCert(s.ca)
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		// The CA goes along: an enrolling node knows only its pin.
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der, s.ca.Raw}, PrivateKey: key}},
+		ClientAuth:   tls.VerifyClientCertIfGiven,
+		ClientCAs:    clients,
+		// A disc host whose clock fell behind its own CA still knows its nodes.
+		Time: func() time.Time {
+			if now := s.now(); now.After(s.ca.NotBefore) {
+				return now
+			}
+			return s.ca.NotBefore
+		},
+		SessionTicketsDisabled: true, // a ticket would outlive the check of a certificate
+	}, nil
+}
+
+// Peer is who a client certificate says speaks.
+type Peer struct {
+	Node       string // name, or the MAC of an unknown machine
+	Generation int
+	Inventory  bool // a machine that is in no rack file
+}
+
+// SignNode signs the PKCS #10 request csr (PEM) as peer and returns the
+// certificate, PEM. Only the request's key is used; that it is the asker's own
+// is proven by the request's signature.
+func (s *Site) SignNode(csr string, peer Peer) (string, error) {
+	req, err := parseRequest(csr)
+	if err != nil {
+		return "", err
+	}
+	t := s.template(peer.Node, x509.ExtKeyUsageClientAuth)
+	t.Subject.Organization = []string{orgNode}
+	if peer.Inventory {
+		t.Subject.Organization = []string{orgInventory}
+	}
+	t.Subject.OrganizationalUnit = []string{strconv.Itoa(peer.Generation)}
+	der, err := s.sign(t, req.PublicKey)
+	if err != nil {
+		return "", fmt.Errorf("certificate of node %s: %w", peer.Node, err)
+	}
+	return encodeCert(der), nil
+}
+
+// RequestKey checks the PKCS #10 request csr (PEM) and returns the SHA-256,
+// hex, of its key, which tells one asker from another.
+func RequestKey(csr string) (string, error) {
+	req, err := parseRequest(csr)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(req.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+func parseRequest(text string) (*x509.CertificateRequest, error) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil || block.Type != "CERTIFICATE REQUEST" {
+		return nil, errors.New("the certificate request is not in PEM form")
+	}
+	req, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("the certificate request cannot be read: %w", err)
+	}
+	switch req.PublicKeyAlgorithm {
+	case x509.ECDSA, x509.Ed25519:
+	default:
+		return nil, fmt.Errorf("the certificate request has a key of kind %s, not ECDSA or Ed25519", req.PublicKeyAlgorithm)
+	}
+	if err := req.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("the certificate request is not signed by its own key: %w", err)
+	}
+	return req, nil
+}
+
+// NodeFromTLS returns who speaks on a connection that ServerTLS accepted;
+// false when no node's certificate was shown.
+func NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
+	if cs == nil || len(cs.VerifiedChains) == 0 {
+		return Peer{}, false
+	}
+	subject := cs.VerifiedChains[0][0].Subject
+	if len(subject.Organization) != 1 || len(subject.OrganizationalUnit) != 1 {
+		return Peer{}, false
+	}
+	org := subject.Organization[0]
+	generation, err := strconv.Atoi(subject.OrganizationalUnit[0])
+	if err != nil || org != orgNode && org != orgInventory {
+		return Peer{}, false
+	}
+	return Peer{Node: subject.CommonName, Generation: generation, Inventory: org == orgInventory}, true
+}
+
+// StackSecrets returns what node needs in the cluster that serves domain: the
+// cookie, the probe accounts, and a key and certificate made for it now.
+func (s *Site) StackSecrets(node, domain string) (provision.StackSecrets, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
+	}
+	t := s.template(node, x509.ExtKeyUsageServerAuth)
+	// The service's own name, those of its usual components (RFC 6120, 13.7.1:
+	// each is a domain of its own), and the node's.
+	t.DNSNames = []string{domain, "conference." + domain, "pubsub." + domain, "upload." + domain, "proxy." + domain, node}
+	der, err := s.sign(t, key.Public())
+	if err != nil {
+		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
+	}
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
+	}
+	return provision.StackSecrets{
+		Cookie: s.f.Cookie, CA: s.f.CA, Cert: encodeCert(der), Key: keyPEM,
+		Probes: append([]provision.Account(nil), s.f.Probes...),
+	}, nil
+}
+
+// template is an end entity's certificate, valid as long as the CA is.
+func (s *Site) template(name string, usage x509.ExtKeyUsage) *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber: serial(), Subject: pkix.Name{CommonName: name},
+		NotBefore: s.ca.NotBefore, NotAfter: s.ca.NotAfter, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage},
+	}
+}
+
+func (s *Site) sign(t *x509.Certificate, public any) ([]byte, error) {
+	return x509.CreateCertificate(rand.Reader, t, s.ca, public, s.key)
+}
+
+// serial returns a random 127-bit serial number (RFC 5280, 4.1.2.2).
+func serial() *big.Int {
+	b := make([]byte, 16)
+	rand.Read(b)
+	b[0] &= 0x7f
+	return new(big.Int).SetBytes(b)
+}
+
+func encodeCert(der []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// encodeKey writes SEC 1 form, which every XMPP server reads.
+func encodeKey(key *ecdsa.PrivateKey) (string, error) {
+	der, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		return "", err
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der})), nil
+}

@@ -1,0 +1,297 @@
+package site
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1")}
+
+func request(t *testing.T, key any) string {
+	t.Helper()
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+}
+
+func ecKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func TestOpenMakesOneSiteForEver(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state", "site")
+	// Two first starts at once end with the same site.
+	pins := make([]string, 8)
+	var wg sync.WaitGroup
+	for i := range pins {
+		wg.Go(func() {
+			s, err := Open(dir)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			pins[i] = s.Pin()
+		})
+	}
+	wg.Wait()
+	s, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pins {
+		if p != s.Pin() || len(p) != 64 {
+			t.Fatalf("pins %q, then %q", pins, s.Pin())
+		}
+	}
+	entries, _ := os.ReadDir(dir)
+	if len(entries) != 1 || entries[0].Name() != FileName {
+		t.Fatalf("left behind: %v", entries)
+	}
+	info, err := os.Stat(filepath.Join(dir, FileName))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Fatalf("mode %v, %v", info.Mode(), err)
+	}
+	if s.CACert().NotAfter.Sub(s.CACert().NotBefore) < 19*365*24*time.Hour || !s.CACert().NotBefore.Before(time.Now().Add(-23*time.Hour)) {
+		t.Fatalf("CA valid from %v to %v", s.CACert().NotBefore, s.CACert().NotAfter)
+	}
+	if p := s.Probes(); p[0].User == p[1].User || p[0].Password == p[1].Password || len(p[0].Password) < 20 || len(s.f.Cookie) < 20 {
+		t.Fatal("the secrets are weak")
+	}
+}
+
+func TestOpenDamaged(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, FileName)
+	whole, _ := os.ReadFile(path)
+	for _, bad := range []string{"", "{}", string(whole[:len(whole)/2]), strings.Replace(string(whole), `"format": 1`, `"format": 2`, 1)} {
+		os.WriteFile(path, []byte(bad), 0o600)
+		_, err := Open(dir)
+		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "restore") {
+			t.Fatalf("%.20q: %v", bad, err)
+		}
+		if now, _ := os.ReadFile(path); string(now) != bad {
+			t.Fatal("a damaged site file was overwritten")
+		}
+	}
+}
+
+func TestSignNode(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, ed, _ := ed25519.GenerateKey(rand.Reader)
+	old, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := request(t, ecKey(t))
+	block, _ := pem.Decode([]byte(good))
+	block.Bytes[len(block.Bytes)-3] ^= 1 // in the signature
+	for name, c := range map[string]struct {
+		csr string
+		ok  bool
+	}{
+		"ecdsa":        {good, true},
+		"ed25519":      {request(t, ed), true},
+		"rsa":          {request(t, old), false},
+		"not its own":  {string(pem.EncodeToMemory(block)), false},
+		"not PEM":      {"hello", false},
+		"a cert":       {s.CA(), false},
+		"empty":        {"", false},
+		"not a der":    {string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: []byte("x")})), false},
+		"only a begin": {"-----BEGIN CERTIFICATE REQUEST-----\n", false},
+	} {
+		if _, err := s.SignNode(c.csr, Peer{Node: "node1", Generation: 1}); (err == nil) != c.ok {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := RequestKey(c.csr); (err == nil) != c.ok {
+			t.Errorf("%s: key: %v", name, err)
+		}
+	}
+}
+
+// Every kind of client on real TLS: who the server takes it for.
+func TestNodeFromTLS(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := s.ServerTLS(loopback)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pairOf := func(by *Site, p Peer) *tls.Certificate {
+		key := ecKey(t)
+		cert, err := by.SignNode(request(t, key), p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keyPEM, _ := encodeKey(key)
+		pair, err := tls.X509KeyPair([]byte(cert), []byte(keyPEM))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &pair
+	}
+	xmpp, err := s.StackSecrets("node1", "im.example.org")
+	if err != nil {
+		t.Fatal(err)
+	}
+	xmppPair, err := tls.X509KeyPair([]byte(xmpp.Cert), []byte(xmpp.Key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		pair   *tls.Certificate
+		accept bool
+		peer   Peer
+		isNode bool
+	}{
+		"node":            {pairOf(s, Peer{Node: "node1", Generation: 7}), true, Peer{Node: "node1", Generation: 7}, true},
+		"machine":         {pairOf(s, Peer{Node: "52:54:00:00:00:01", Inventory: true}), true, Peer{Node: "52:54:00:00:00:01", Inventory: true}, true},
+		"nobody":          {nil, true, Peer{}, false},
+		"of another site": {pairOf(other, Peer{Node: "node1", Generation: 7}), false, Peer{}, false},
+		"an XMPP server":  {&xmppPair, false, Peer{}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := tls.Listen("tcp", "127.0.0.1:0", cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				roots := x509.NewCertPool()
+				roots.AddCert(s.CACert())
+				c2 := &tls.Config{RootCAs: roots}
+				if c.pair != nil {
+					// As a hostile client would: shown whatever the server asks for.
+					c2.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.pair, nil }
+				}
+				conn, err := tls.Dial("tcp", l.Addr().String(), c2)
+				if err == nil {
+					io.Copy(io.Discard, conn)
+					conn.Close()
+				}
+			}()
+			raw, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer raw.Close()
+			conn := raw.(*tls.Conn)
+			err = conn.Handshake()
+			if (err == nil) != c.accept {
+				t.Fatalf("handshake: %v", err)
+			}
+			if err != nil {
+				return
+			}
+			cs := conn.ConnectionState()
+			peer, ok := NodeFromTLS(&cs)
+			if peer != c.peer || ok != c.isNode {
+				t.Fatalf("%+v, %v", peer, ok)
+			}
+		})
+	}
+	if _, ok := NodeFromTLS(nil); ok {
+		t.Fatal("a plain connection is a node")
+	}
+}
+
+// A disc host whose clock fell far behind still serves its nodes.
+func TestServerClockBehind(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	s, err := open(dir, func() time.Time { return time.Unix(0, 0) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := s.ServerTLS(loopback)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := ecKey(t)
+	cert, err := s.SignNode(request(t, key), Peer{Node: "node1", Generation: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyPEM, _ := encodeKey(key)
+	pair, err := tls.X509KeyPair([]byte(cert), []byte(keyPEM))
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(s.CACert())
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	server := tls.Server(a, cfg)
+	client := tls.Client(b, &tls.Config{RootCAs: roots, ServerName: "127.0.0.1", Certificates: []tls.Certificate{pair}})
+	go client.Handshake()
+	if err := server.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStackSecrets(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sec, err := s.StackSecrets("node2", "im.example.org")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair([]byte(sec.Cert), []byte(sec.Key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM([]byte(sec.CA)) {
+		t.Fatal("the CA is no certificate")
+	}
+	for _, name := range []string{"im.example.org", "conference.im.example.org", "node2"} {
+		if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "node1"}); err == nil {
+		t.Error("the certificate is good for another node's name")
+	}
+	again, _ := s.StackSecrets("node1", "im.example.org")
+	if again.Cookie != sec.Cookie || again.Probes[1] != sec.Probes[1] {
+		t.Error("the nodes of one site do not share cookie and probe accounts")
+	}
+}
