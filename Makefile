@@ -5,7 +5,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 
 GO          ?= go
-STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.7.0
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 STORE       := build/store
 KEY         := build/keys/image.key
 export CGO_ENABLED = 0
@@ -44,3 +44,45 @@ bin/platter: $(GO_FILES) go.mod go.sum
 bin/platter-node: $(GO_FILES) go.mod go.sum
 	$(GO) build -trimpath -ldflags='-s -w' -o $@ ./cmd/platter-node
 
+$(KEY): bin/platter
+	@mkdir -p $(STORE) build/keys
+	[ -e $@ ] || bin/platter image keygen --store $(STORE) $@
+	@touch $@
+
+.PHONY: image
+image: deps build $(KEY) ## build the OS image and the installer's initramfs into build/store; reuses what has not changed
+	bin/platter image build debian-13 --store $(STORE) --key $(KEY) --lock images/debian-13.lock --work build/image
+	bin/platter image initramfs --store $(STORE) --key $(KEY) --node bin/platter-node --work build/image
+
+.PHONY: demo
+demo: image ## two blank VMs become an IM cluster, ending with a delivered message
+	vmtest/demo/run.sh up
+
+.PHONY: demo-down
+demo-down: ## take the demo away
+	vmtest/demo/run.sh down
+
+.PHONY: test
+test: lint unit image integration e2e ## everything that CI runs
+
+.PHONY: lint
+lint: build
+	@bad=$$(gofmt -l cmd provision pxe hostprep images vmtest); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
+	$(GO) vet ./... && $(GO) vet -tags e2e,integration,bench ./...
+	$(GO) run $(STATICCHECK) -tags e2e,integration,bench ./...
+
+.PHONY: unit
+unit: deps ## unit tests and fuzz seeds, with the race detector
+	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./...
+
+.PHONY: integration
+integration: image ## tests that need the built image: real ejabberd clusters in namespaces
+	$(GO) test -tags integration -timeout 20m -v -run Integration ./provision/...
+
+.PHONY: e2e
+e2e: image ## racks of VMs from power-on to a chat message
+	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefusals' ./vmtest
+
+.PHONY: clean
+clean: demo-down ## remove everything built
+	rm -rf bin build

@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"platter/images"
+	"platter/provision"
+	"platter/provision/dischost"
+	"platter/provision/site"
+	"platter/provision/stack/probe"
+	"platter/provision/store"
+	"platter/pxe"
+)
+
+// defaultStore is where a disc host keeps its images.
+const defaultStore = "/var/lib/platter/store"
+
+type serveOptions struct {
+	rack, store, state, socket, ipxe string
+}
+
+func serveCmd() *cobra.Command {
+	var o serveOptions
+	c := &cobra.Command{
+		Use:   "serve -c rack.yaml",
+		Short: "Serve a rack: DHCP, TFTP, HTTP, the node API, and the page",
+		Long: `Serve a rack: answer its network boots, install what is due, show what happens.
+
+Only the interfaces that the rack file names are served. An interface on which
+another DHCP server answers is refused. Stop it with Ctrl-C or kill it at any
+time: started again with the same --state it goes on where it was.
+
+The page is read-only and listens on the rack file's page address, or on the
+socket that systemd or 'platter lab exec --listen' hands over.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			log := slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil))
+			return serve(c.Context(), o, log)
+		},
+	}
+	c.Flags().StringVarP(&o.rack, "config", "c", "", "the rack file")
+	c.MarkFlagRequired("config")
+	c.Flags().StringVar(&o.store, "store", defaultStore, "the image store: a folder, or where the disc is mounted")
+	c.Flags().StringVar(&o.state, "state", "/var/lib/platter/state", "folder of the journal, the site's CA and its secrets")
+	c.Flags().StringVar(&o.socket, "socket", defaultSocket, "Unix socket for operators")
+	c.Flags().StringVar(&o.ipxe, "ipxe", "/usr/lib/ipxe", "folder of the iPXE loaders, as in Debian's package ipxe")
+	return c
+}
+
+// serve opens everything or says in one sentence what is missing, and then
+// serves until ctx ends.
+func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
+	rack, err := loadRack(o.rack)
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("serve must run as root: DHCP, TFTP and HTTP use ports below 1024. Run it with sudo")
+	}
+	imgs, err := images.Open(o.store)
+	if err != nil {
+		return err
+	}
+	if _, _, err := imgs.Image(rack.Image); err != nil {
+		return err
+	}
+	if _, err := imgs.Boot("amd64"); err != nil {
+		return err
+	}
+
+	st, err := site.Open(filepath.Join(o.state, "site"))
+	if err != nil {
+		return err
+	}
+	journal, err := store.Open(filepath.Join(o.state, "journal.db"), time.Now)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, journal.Close()) }()
+	if err := journal.SetRack(ctx, rack); err != nil {
+		return err
+	}
+	host := dischost.New(dischost.Config{
+		Rack: rack, Store: journal, Site: st, Images: imgs,
+		Probe: probe.Message, Log: log, Clock: time.Now,
+	})
+
+	boot := &pxe.Server{
+		Networks: rack.Networks, Backend: host, IPXE: os.DirFS(o.ipxe),
+		Objects: imgs.Handler(), Leases: filepath.Join(o.state, "leases"), Log: log,
+	}
+	if err := boot.Listen(ctx); err != nil {
+		return err
+	}
+	defer boot.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	if err := listenAPIs(ctx, g, o, rack, st, host, log); err != nil {
+		return err
+	}
+	g.Go(func() error { return boot.Serve(ctx) })
+	g.Go(func() error { return host.Run(ctx) })
+	err = g.Wait()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// listenAPIs opens the node API on every network, the operators' socket and
+// the page, and serves them in g.
+func listenAPIs(ctx context.Context, g *errgroup.Group, o serveOptions, rack *provision.Rack, st *site.Site, host *dischost.Host, log *slog.Logger) error {
+	var addrs []netip.Addr
+	for _, n := range rack.Networks {
+		addrs = append(addrs, n.DiscHost)
+	}
+	tlsConfig, err := st.ServerTLS(addrs)
+	if err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		addr := netip.AddrPortFrom(a, provision.NodeAPIPort).String()
+		l, err := listen(ctx, "tcp", addr, "the node API")
+		if err != nil {
+			return err
+		}
+		serveHTTP(ctx, g, tls.NewListener(l, tlsConfig), host.NodeAPI(), log)
+	}
+	l, err := listenSocket(ctx, o.socket)
+	if err != nil {
+		return err
+	}
+	serveHTTP(ctx, g, l, host.OperatorAPI(), log)
+
+	page, err := listenPage(ctx, rack.Page)
+	if err != nil {
+		return err
+	}
+	if page != nil {
+		log.Info("the page is up", "url", "http://"+page.Addr().String()+"/")
+		serveHTTP(ctx, g, page, host.ReadOnly(), log)
+	}
+	return nil
+}
+
+func listen(ctx context.Context, network, addr, what string) (net.Listener, error) {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, network, addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("cannot serve %s: another program already listens on %s. Stop it, or see which it is with 'ss -lntp'", what, addr)
+	case err != nil:
+		return nil, fmt.Errorf("cannot serve %s on %s: %w", what, addr, err)
+	}
+	return l, nil
+}
+
+// listenSocket opens the operators' socket for root alone. The journal's lock
+// guarantees that no other disc host of this state is alive; a socket that
+// somebody still answers belongs to another state.
+func listenSocket(ctx context.Context, path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("cannot make the folder of the operators' socket: %w", err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("another disc host already answers on %s. Stop it, or choose another --socket", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("cannot replace the old socket: %w", err)
+	}
+	old := syscall.Umask(0o177)
+	defer syscall.Umask(old)
+	return listen(ctx, "unix", path, "operators")
+}
+
+// listenPage returns the socket that was handed over, or opens addr; nil when
+// there is neither.
+func listenPage(ctx context.Context, addr string) (net.Listener, error) {
+	handed, err := activation.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("cannot use the socket that was handed over: %w", err)
+	}
+	if len(handed) > 0 && handed[0] != nil {
+		return handed[0], nil
+	}
+	if addr == "" {
+		return nil, nil
+	}
+	return listen(ctx, "tcp", addr, "the page")
+}
+
+// serveHTTP serves h on l until ctx ends, then gives open requests a moment.
+func serveHTTP(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler, log *slog.Logger) {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
+		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	g.Go(func() error {
+		<-ctx.Done()
+		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if srv.Shutdown(bounded) != nil {
+			srv.Close()
+		}
+		return nil
+	})
+	g.Go(func() error {
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+}
