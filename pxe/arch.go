@@ -1,7 +1,6 @@
 package pxe
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -41,7 +40,7 @@ func readLoaders(dir fs.FS) (loaders, error) {
 	for _, name := range []string{"snponly.efi", "ipxe.efi"} {
 		b, ferr := fs.ReadFile(dir, name)
 		if ferr != nil {
-			err = errors.Join(err, ferr)
+			err = ferr
 			continue
 		}
 		l.files[name] = b
