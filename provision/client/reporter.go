@@ -191,16 +191,25 @@ func (r *Reporter) add(rep provision.Report, step bool) {
 	}
 	r.queue = append(r.queue, rep)
 	r.size += weight(rep)
-	for len(r.queue) > maxQueue || r.size > maxQueueSize {
-		i := slices.IndexFunc(r.queue, isLine)
-		if i < 0 {
-			break // only what must not be lost; its number is small by nature
-		}
-		r.size -= weight(r.queue[i])
-		r.queue = slices.Delete(r.queue, i, i+1)
-		r.dropped++
+	if len(r.queue) > maxQueue || r.size > maxQueueSize {
+		r.shrink()
 	}
 	r.signal()
+}
+
+// shrink drops the oldest lines, a quarter of what may be held at a time. What
+// must not be lost stays: its number is small by nature.
+func (r *Reporter) shrink() {
+	left := len(r.queue)
+	r.queue = slices.DeleteFunc(r.queue, func(rep provision.Report) bool {
+		if !isLine(rep) || left <= maxQueue*3/4 && r.size <= maxQueueSize*3/4 {
+			return false
+		}
+		left--
+		r.size -= weight(rep)
+		r.dropped++
+		return true
+	})
 }
 
 func isLine(rep provision.Report) bool {
