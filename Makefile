@@ -81,7 +81,12 @@ integration: image ## tests that need the built image: real ejabberd clusters in
 
 .PHONY: e2e
 e2e: image ## racks of VMs from power-on to a chat message
-	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefusals' ./vmtest
+	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe' ./vmtest
+
+.PHONY: bench
+bench: image ## one node from power-on to ready beside an unverified floor, phase by phase
+	@command -v kexec cpio busybox >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends kexec-tools cpio busybox-static
+	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
 
 .PHONY: clean
 clean: demo-down ## remove everything built

@@ -7,13 +7,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -21,252 +21,7 @@ import (
 
 	"platter/images"
 	"platter/provision"
-	"platter/provision/client"
 )
-
-// stall is how long nothing at all may move, on two slow emulated cores.
-const stall = 8 * time.Minute
-
-// rig is a lab with a disc host in it, driven through the built programs.
-type rig struct {
-	t     *testing.T
-	repo  string // top of the source tree
-	dir   string // scratch
-	lab   string // the lab's state folder
-	store string
-	op    *client.Operator
-	serve *exec.Cmd
-	page  string // base URL of the page
-}
-
-func newRig(t *testing.T, lab, rack string) *rig {
-	t.Helper()
-	repo, err := filepath.Abs("..")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	r := &rig{t: t, repo: repo, dir: dir, lab: filepath.Join(dir, "lab"), store: filepath.Join(repo, "build/store")}
-	r.op = client.NewOperator(filepath.Join(dir, "socket"))
-	r.write("lab.yaml", lab)
-	r.write("rack.yaml", rack)
-	r.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, "key"))
-	t.Cleanup(func() {
-		if t.Failed() {
-			r.keepEvidence()
-		}
-		r.stopServe(syscall.SIGTERM)
-		out, err := exec.Command(r.bin(), "lab", "down", "--state", r.lab, "--purge").CombinedOutput()
-		if err != nil {
-			t.Errorf("lab down: %v\n%s", err, out)
-		}
-	})
-	r.platter("lab", "up", "--state", r.lab, "-f", filepath.Join(dir, "lab.yaml"))
-	r.startServe()
-	return r
-}
-
-func (r *rig) bin() string { return filepath.Join(r.repo, "bin/platter") }
-
-func (r *rig) write(name, text string) {
-	r.t.Helper()
-	if err := os.WriteFile(filepath.Join(r.dir, name), []byte(text), 0o644); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
-func (r *rig) run(name string, args ...string) string {
-	r.t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		r.t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
-	}
-	return string(out)
-}
-
-func (r *rig) platter(args ...string) string { r.t.Helper(); return r.run(r.bin(), args...) }
-
-func (r *rig) node(args ...string) string {
-	r.t.Helper()
-	return r.platter(append([]string{"node", "--socket", filepath.Join(r.dir, "socket")}, args...)...)
-}
-
-func (r *rig) power(what, name string) {
-	r.t.Helper()
-	r.platter("lab", "power", what, name, "--state", r.lab)
-}
-
-// ssh runs a command on an installed node.
-func (r *rig) ssh(addr, command string) string {
-	r.t.Helper()
-	return strings.TrimSpace(r.platter("lab", "exec", "--state", r.lab, "--", "ssh", "-i", filepath.Join(r.dir, "key"),
-		"-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60",
-		"root@"+addr, command))
-}
-
-var pageURL = regexp.MustCompile(`http://127\.0\.0\.1:\d+`)
-
-// startServe starts the disc host in the lab and waits until it answers.
-func (r *rig) startServe() {
-	r.t.Helper()
-	log, err := os.OpenFile(filepath.Join(r.dir, "serve.log"), os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o644)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer log.Close()
-	from, _ := log.Seek(0, io.SeekEnd)
-	r.serve = exec.Command(r.bin(), "lab", "exec", "--state", r.lab, "--listen", "127.0.0.1:0", "--",
-		r.bin(), "serve", "-c", filepath.Join(r.dir, "rack.yaml"), "--store", r.store,
-		"--state", filepath.Join(r.dir, "state"), "--socket", filepath.Join(r.dir, "socket"))
-	r.serve.Stdout, r.serve.Stderr = log, log
-	if err := r.serve.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-	gone := make(chan error, 1)
-	cmd := r.serve
-	go func() { gone <- cmd.Wait() }()
-	for tick := time.NewTicker(200 * time.Millisecond); ; {
-		if _, err := r.op.Nodes(context.Background()); err == nil {
-			break
-		}
-		select {
-		case err := <-gone:
-			r.t.Fatalf("serve ended: %v\n%s", err, r.read("serve.log"))
-		case <-tick.C:
-		}
-	}
-	text := r.read("serve.log")[from:]
-	if r.page = pageURL.FindString(text); r.page == "" {
-		r.t.Fatalf("serve names no page:\n%s", text)
-	}
-}
-
-func (r *rig) stopServe(sig syscall.Signal) {
-	if r.serve == nil {
-		return
-	}
-	r.serve.Process.Signal(sig)
-	// The goroutine of startServe waits for it; the socket tells that it ended.
-	for tick := time.NewTicker(50 * time.Millisecond); ; <-tick.C {
-		if syscall.Kill(r.serve.Process.Pid, 0) != nil {
-			break
-		}
-	}
-	r.serve = nil
-}
-
-func (r *rig) read(name string) string {
-	b, err := os.ReadFile(filepath.Join(r.dir, name))
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return string(b)
-}
-
-func (r *rig) console(name string) string { return r.read("lab/console/" + name + ".log") }
-
-// keepEvidence prints what a failed run leaves behind.
-func (r *rig) keepEvidence() {
-	tail := func(s string, n int) string { return s[max(0, len(s)-n):] }
-	if b, err := os.ReadFile(filepath.Join(r.dir, "serve.log")); err == nil {
-		r.t.Logf("serve.log ends:\n%s", tail(string(b), 6000))
-	}
-	logs, _ := filepath.Glob(filepath.Join(r.lab, "console/*.log"))
-	for _, l := range logs {
-		if b, err := os.ReadFile(l); err == nil {
-			r.t.Logf("%s ends:\n%s", filepath.Base(l), tail(string(b), 4000))
-		}
-	}
-}
-
-// await returns when the states fulfil cond, or fails when nothing has moved
-// for stall, or when a node fails that is not in mayFail.
-func (r *rig) await(what string, cond func(map[string]provision.State) bool, mayFail ...string) map[string]provision.State {
-	r.t.Helper()
-	began := time.Now()
-	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
-	limit := time.AfterFunc(stall, func() { cancel(fmt.Errorf("nothing moved for %s", stall)) })
-	states := map[string]provision.State{}
-	for u, err := range r.op.Events(ctx, -1) {
-		if err != nil {
-			r.t.Fatalf("awaiting %s: %v", what, err)
-		}
-		if u.State == nil {
-			continue
-		}
-		s := *u.State
-		if old, ok := states[s.Name]; !ok || old.Stage != s.Stage || old.Phase != s.Phase || old.Done != s.Done || old.LastLog != s.LastLog {
-			limit.Reset(stall)
-		}
-		states[s.Name] = s
-		if s.Stage == provision.StageFailed && !contains(mayFail, s.Name) {
-			r.t.Fatalf("awaiting %s: %s failed: %v", what, s.Name, s.Failure)
-		}
-		if cond(states) {
-			r.t.Logf("%s after %s", what, time.Since(began).Round(time.Second))
-			return states
-		}
-	}
-	r.t.Fatalf("awaiting %s: %v; states: %+v", what, context.Cause(ctx), states)
-	return nil
-}
-
-func contains(list []string, s string) bool {
-	for _, e := range list {
-		if e == s {
-			return true
-		}
-	}
-	return false
-}
-
-// events are a node's whole journal.
-func (r *rig) events(name string) (all []provision.Event) {
-	r.t.Helper()
-	for after := int64(0); ; after = all[len(all)-1].ID {
-		part, err := r.op.Log(context.Background(), name, after)
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		if len(part) == 0 {
-			return all
-		}
-		all = append(all, part...)
-	}
-}
-
-func count(events []provision.Event, match func(provision.Event) bool) (n int) {
-	for _, e := range events {
-		if match(e) {
-			n++
-		}
-	}
-	return n
-}
-
-func isInstallBoot(e provision.Event) bool {
-	return e.Kind == provision.EventBoot && e.Action == provision.ActionInstall
-}
-
-func stageIs(name string, stage provision.Stage) func(map[string]provision.State) bool {
-	return func(s map[string]provision.State) bool { return s[name].Stage == stage }
-}
-
-const rackHead = `rack: e2e
-image: debian-13
-networks:
-  - {interface: br0, subnet: 10.77.0.0/24, disc-host: 10.77.0.1, pool: 10.77.0.200-10.77.0.220}
-users:
-  - {name: root, key-files: [key.pub]}
-stack: {domain: im.e2e.example}
-nodes:
-`
-
-const labHead = `lab: %s
-network: {bridge: br0, address: 10.77.0.1/24}
-machines:
-`
 
 // One rack from power-on to a chat message, and everything that is then done
 // to it: the disc host is killed while nodes write, a node loses power, one is
@@ -286,7 +41,7 @@ func TestRack(t *testing.T) {
 	var before provision.State
 	r.await("node1 has written a third", func(s map[string]provision.State) bool {
 		before = s["node1"]
-		return before.Phase == "write image" && before.Total > 0 && 3*before.Done > before.Total
+		return before.Phase == "write" && before.Total > 0 && 3*before.Done > before.Total
 	})
 	r.stopServe(syscall.SIGKILL)
 	r.startServe()
@@ -368,7 +123,7 @@ func TestRack(t *testing.T) {
 	})
 	t.Run("a power cut brings a node back from its own disk", func(t *testing.T) {
 		installs := count(r.events("node1"), isInstallBoot)
-		r.power("cut", "node1")
+		r.power("off", "node1")
 		r.power("on", "node1")
 		r.await("node1 boots", func(s map[string]provision.State) bool { return s["node1"].Stage != provision.StageReady })
 		s := r.await("node1 is ready again", both(provision.StageReady))["node1"]
@@ -459,7 +214,7 @@ func TestRefusals(t *testing.T) {
 		t.Error("a disk was touched")
 	}
 	for _, name := range []string{"stranger", "twodisks", "nodisk"} {
-		r.power("cut", name)
+		r.power("off", name)
 	}
 
 	// One bit of the pack flips on the disc.
@@ -497,9 +252,9 @@ func TestRefusals(t *testing.T) {
 	if f.Code != "chunk-corrupt" || !strings.Contains(f.Message, im.Pack.Hash) || !strings.Contains(f.Message, fmt.Sprint(frame.At)) {
 		t.Errorf("failure is %+v, want chunk-corrupt with object %s and offset %d", f, im.Pack.Hash, frame.At)
 	}
-	r.power("cut", "damaged")
+	r.power("off", "damaged")
 	first := make([]byte, 1024)
-	disk, err := os.Open(filepath.Join(r.lab, "var/lib/libvirt/images/damaged-1.raw"))
+	disk, err := os.Open(filepath.Join(r.lab, "var/lib/libvirt/images", "damaged-0.raw"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -510,4 +265,136 @@ func TestRefusals(t *testing.T) {
 	if !bytes.Equal(first, make([]byte, 1024)) {
 		t.Error("the disk has boot code or a partition table")
 	}
+}
+
+// What keeps serve from starting is one clear sentence, and nothing is started.
+func TestServeRefuses(t *testing.T) {
+	repo, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	must := func(name string, args ...string) {
+		t.Helper()
+		if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+			t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+		}
+	}
+	here, there := fmt.Sprintf("pl-e2e-%d-a", os.Getpid()), fmt.Sprintf("pl-e2e-%d-b", os.Getpid())
+	for _, ns := range []string{here, there} {
+		must("ip", "netns", "add", ns)
+		t.Cleanup(func() { exec.Command("ip", "netns", "del", ns).Run() })
+		must("ip", "-n", ns, "link", "set", "lo", "up")
+	}
+	must("ip", "-n", here, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", there)
+	for ns, addr := range map[string]string{here: "10.77.0.1/24", there: "10.77.0.9/24"} {
+		must("ip", "-n", ns, "addr", "add", addr, "dev", "eth0")
+		must("ip", "-n", ns, "link", "set", "eth0", "up")
+	}
+	rack := filepath.Join(dir, "rack.yaml")
+	text := strings.Replace(rackHead, "interface: br0", "interface: eth0", 1)
+	text = strings.Replace(text, "users:\n  - {name: root, key-files: [key.pub]}\n", "", 1)
+	if err := os.WriteFile(rack, []byte(text+"\n  - {name: node1, mac: \"52:54:00:77:03:01\", address: 10.77.0.11}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	dnsmasq := func(ns string, args ...string) (stop func()) {
+		t.Helper()
+		ready := filepath.Join(dir, "dnsmasq.pid")
+		os.Remove(ready)
+		cmd := exec.Command("ip", append([]string{"netns", "exec", ns, "dnsmasq", "--conf-file=/dev/null", "--port=0", "--keep-in-foreground",
+			"--user=root", "--pid-file=" + ready, "--dhcp-leasefile=" + filepath.Join(dir, "leases")}, args...)...)
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		gone := make(chan struct{})
+		go func() { cmd.Wait(); close(gone) }()
+		for tick := time.NewTicker(20 * time.Millisecond); ; {
+			if _, err := os.Stat(ready); err == nil { // written once its sockets are open
+				break
+			}
+			select {
+			case <-gone:
+				t.Fatalf("dnsmasq ended: %s", &out)
+			case <-tick.C:
+			}
+		}
+		return func() { cmd.Process.Signal(syscall.SIGTERM); <-gone }
+	}
+	args := func(extra ...string) []string {
+		return append([]string{"netns", "exec", here, filepath.Join(repo, "bin/platter"), "serve", "-c", rack,
+			"--store", filepath.Join(repo, "build/store"), "--state", filepath.Join(dir, "state"), "--socket", filepath.Join(dir, "socket")}, extra...)
+	}
+	for _, c := range []struct {
+		name  string
+		start func() (stop func())
+		args  []string
+		say   []string
+	}{
+		{"another DHCP server", func() func() {
+			return dnsmasq(there, "--interface=eth0", "--dhcp-range=10.77.0.100,10.77.0.120")
+		}, args(), []string{"DHCP", "10.77.0.9", "eth0"}},
+		{"port taken", func() func() {
+			return dnsmasq(here, "--interface=eth0", "--bind-interfaces", "--enable-tftp", "--tftp-root="+dir)
+		}, args(), []string{"69", "TFTP"}},
+		{"disc missing", nil, args("--store", filepath.Join(dir, "absent")), []string{filepath.Join(dir, "absent")}},
+		{"image missing", nil, args("-c", strings.TrimSuffix(rack, ".yaml")+"2.yaml"), []string{"debian-99"}},
+		{"interface missing", nil, args("-c", strings.TrimSuffix(rack, ".yaml")+"3.yaml"), []string{"eth7"}},
+		{"not root", nil, append([]string{"netns", "exec", here, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"}, args()[3:]...), []string{"root"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for name, edit := range map[string][2]string{"2.yaml": {"debian-13", "debian-99"}, "3.yaml": {"eth0", "eth7"}} {
+				b, err := os.ReadFile(rack)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b = bytes.Replace(b, []byte(edit[0]), []byte(edit[1]), 1)
+				if err := os.WriteFile(strings.TrimSuffix(rack, ".yaml")+name, b, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if c.start != nil {
+				defer c.start()()
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, "ip", c.args...)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			err := cmd.Run()
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+				t.Fatalf("serve ended with %v: %s", err, &stderr)
+			}
+			var sentence []string
+			for _, line := range strings.Split(strings.TrimSpace(stderr.String()), "\n") {
+				if !strings.HasPrefix(line, "time=") { // the log
+					sentence = append(sentence, line)
+				}
+			}
+			if len(sentence) != 1 {
+				t.Errorf("want one sentence, got:\n%s", &stderr)
+			}
+			for _, want := range c.say {
+				if !strings.Contains(sentence[0], want) {
+					t.Errorf("%q does not name %s", sentence[0], want)
+				}
+			}
+		})
+	}
+	t.Run("mistakes in the rack file", func(t *testing.T) {
+		for _, cmd := range [][]string{{"serve", "-c"}, {"rack", "check"}} {
+			out, err := exec.Command(filepath.Join(repo, "bin/platter"), append(cmd, filepath.Join(repo, "provision/rack/testdata/mistakes.yaml"))...).CombinedOutput()
+			if err == nil {
+				t.Errorf("%v accepted the file", cmd)
+			}
+			if n := strings.Count(string(out), "mistakes.yaml:"); n < 15 {
+				t.Errorf("%v lists %d mistakes:\n%s", cmd, n, out)
+			}
+		}
+	})
 }

@@ -22,7 +22,7 @@ mkdir -p "$work"
 ssh-keygen -q -t ed25519 -N '' -C platter-demo -f "$work/ssh_key"
 
 echo "== the lab: two blank machines, powered off"
-"$platter" lab up --state "$lab" -f vmtest/demo/lab.yaml
+"$platter" lab up --state "$lab" vmtest/demo/lab.yaml
 
 echo "== the disc host"
 # It lives in the lab's network; only its page is reached from here.
@@ -56,7 +56,7 @@ Look around:
   its journal     bin/platter node log node1
   its console     bin/platter lab console node1 --state $lab
   a shell on it   bin/platter lab exec --state $lab -- ssh -i $work/ssh_key -o UserKnownHostsFile=/dev/null root@10.77.0.11
-  pull its plug   bin/platter lab power cut node1 --state $lab
+  pull its plug   bin/platter lab power off node1 --state $lab
   install anew    bin/platter node reinstall node1 && bin/platter lab power cycle node1 --state $lab
   take it away    make demo-down
 EOF
