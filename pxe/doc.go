@@ -5,6 +5,7 @@
 //   - rogue.go: before we serve a network, who else answers DHCP there
 //   - dhcp.go, lease.go: the answer to a DHCP message, and the addresses given
 //   - arch.go: what the machine is, by what its firmware says, and its loader
+//   - ra.go: spares iPXE its wait for an IPv6 router
 //   - tftp.go, http.go: the loader, the boot script, kernel and objects
 //   - ipxe.go: the boot scripts, as pure functions
 //   - serve.go: opens every socket, then serves

@@ -67,6 +67,9 @@ func (s *Server) handler(n provision.Network) http.Handler {
 		w := &recorder{ResponseWriter: rw, status: http.StatusOK}
 		start := time.Now()
 		level := s.route(n, w, r)
+		if w.status >= 400 {
+			level = max(level, slog.LevelWarn)
+		}
 		s.Log.Log(r.Context(), level, "HTTP", "peer", r.RemoteAddr, "method", r.Method, "target", r.RequestURI,
 			"status", w.status, "bytes", w.bytes, "took", time.Since(start).Round(time.Millisecond))
 	})
@@ -76,7 +79,7 @@ func (s *Server) handler(n provision.Network) http.Handler {
 func (s *Server) route(n provision.Network, w http.ResponseWriter, r *http.Request) slog.Level {
 	refuse := func(status int, why string) slog.Level {
 		http.Error(w, why, status)
-		return slog.LevelWarn
+		return slog.LevelInfo // raised for its status
 	}
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	switch {

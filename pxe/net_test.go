@@ -46,11 +46,19 @@ func TestMain(m *testing.M) {
 	if err == nil {
 		err = netlink.LinkSetUp(lo)
 	}
+	if err == nil {
+		err = noDAD()
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "cannot prepare the test's namespace:", err)
 		os.Exit(1)
 	}
 	os.Exit(m.Run())
+}
+
+// noDAD makes IPv6 addresses usable at once in the thread's namespace.
+func noDAD() error {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)
 }
 
 // segment is one wire: on our end the interface of the disc host, on the other
@@ -95,6 +103,7 @@ func newSegment(t *testing.T, n byte) *segment {
 	s.far, err = netns.New()
 	must(err)
 	t.Cleanup(func() { s.far.Close() })
+	must(noDAD())
 	must(netns.Set(here))
 
 	peer, err := netlink.LinkByName(name + "f")
