@@ -422,6 +422,14 @@ func TestReporterCoalesces(t *testing.T) {
 	if got[len(got)-1].Done != 1<<40 {
 		t.Fatal("the last count is not the last")
 	}
+	r.Phase("first", 1, 3)
+	r.Progress(0, 0)
+	if err := r.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if last := k.all()[len(k.all())-1]; !last.IsProgress() {
+		t.Fatalf("a sign of life would be kept: %+v", last)
+	}
 	// A new phase makes the old one's count void.
 	r.Progress(1, 2)
 	r.Phase("next", 2, 3)
@@ -449,6 +457,29 @@ func TestReporterGivesUpOnMalformed(t *testing.T) {
 	}
 	if got := k.all(); len(got) != 1 || got[0].Log != "three" {
 		t.Fatalf("%+v", got)
+	}
+}
+
+// A server that is switched off is worth another try; a caller's own limit is not.
+func TestRetryable(t *testing.T) {
+	_, timeout := (&net.Dialer{Timeout: time.Nanosecond}).Dial("tcp", "127.0.0.1:1")
+	if !errors.Is(timeout, context.DeadlineExceeded) {
+		t.Fatal("the premise: ", timeout)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	past, cancel := context.WithDeadline(t.Context(), time.Unix(0, 0))
+	defer cancel()
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{nil, false}, {timeout, true}, {fmt.Errorf("x: %w", timeout), true}, {ended.Err(), false}, {past.Err(), false}, {io.ErrUnexpectedEOF, true},
+		{&client.Error{Status: 503}, true}, {&client.Error{Status: 429}, true}, {&client.Error{Status: 409}, false}, {&client.Error{Code: client.CodeWrongServer}, false},
+	} {
+		if got := client.Retryable(c.err); got != c.want {
+			t.Errorf("%v: %v", c.err, got)
+		}
 	}
 }
 

@@ -96,11 +96,14 @@ func (r *Reporter) Phase(name string, n, of int) {
 }
 
 // Progress counts bytes of the current phase. Calls are cheap: at most two a
-// second are sent.
+// second are sent. A total of 0 is a sign of life only.
 func (r *Reporter) Progress(done, total int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	p := r.phase
+	var p provision.Report
+	if total > 0 {
+		p = r.phase // so that a disc host that was restarted knows it too
+	}
 	p.Time, p.Done, p.Total = r.now(), done, total
 	if r.progress == nil {
 		r.signal()

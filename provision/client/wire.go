@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -103,7 +104,13 @@ func (e *Error) Unwrap() error { return e.cause }
 // Retryable tells whether the same request may succeed later: the server could
 // not be reached, broke off, or failed by itself.
 func Retryable(err error) bool {
-	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || errors.Is(err, context.Canceled) {
+		return false
+	}
+	// A connection that timed out calls itself context.DeadlineExceeded too,
+	// though nobody's context ended: a server that is switched off answers so.
+	var op *net.OpError
+	if errors.Is(err, context.DeadlineExceeded) && !errors.As(err, &op) {
 		return false
 	}
 	var e *Error

@@ -59,6 +59,7 @@ func (c cleaner) report(r provision.Report) provision.Report {
 // text returns s as one line of printable characters and at most limit bytes.
 func text(s string, limit int) string {
 	const more = "…"
+	s = strings.ToValidUTF8(s, "?") // not longer than s
 	if len(s) > limit {
 		s = strings.ToValidUTF8(s[:limit-len(more)], "") + more
 	}
@@ -69,6 +70,6 @@ func text(s string, limit int) string {
 		case unicode.IsPrint(c):
 			return c
 		}
-		return '?' // one byte for at least one
+		return '?' // not longer than c
 	}, s))
 }

@@ -1,6 +1,7 @@
 package dischost
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -783,6 +784,32 @@ func TestReadOnly(t *testing.T) {
 	}
 }
 
+// A stream on which nothing happens shows that it is alive, and the browser's
+// way to go on after the last event works.
+func TestStreamHeartbeat(t *testing.T) {
+	l := newLab(t, 1)
+	l.host.heartbeat = 10 * time.Millisecond // before the first stream
+	req, _ := http.NewRequestWithContext(t.Context(), "GET", l.page+"/v1/events?after=0", nil)
+	req.Header.Set("Last-Event-ID", "1")
+	resp, err := http.DefaultClient.Do(req)
+	l.check(err)
+	defer http.DefaultClient.CloseIdleConnections()
+	defer resp.Body.Close()
+	if resp.Header.Get("Content-Type") != "text/event-stream" {
+		t.Fatal(resp.Header)
+	}
+	got := ""
+	for in := bufio.NewScanner(resp.Body); !strings.Contains(got, ": alive\n\n: alive\n"); {
+		if !in.Scan() {
+			t.Fatalf("ended after %q: %v", got, in.Err())
+		}
+		got += in.Text() + "\n"
+	}
+	if strings.Contains(got, `"kind"`) || !strings.Contains(got, "id: 1\nevent: state\ndata: {\"name\":\"node1\"") {
+		t.Fatal(got)
+	}
+}
+
 // A watcher misses no event while the disc host is restarted under it.
 func TestEventsOverRestarts(t *testing.T) {
 	l := newLab(t, 1)
@@ -948,6 +975,7 @@ func FuzzText(f *testing.F) {
 	f.Add("a\x1b[2Jb", 10)
 	f.Add("ééééé", 4)
 	f.Add("\xff\xfe\u202e", 3)
+	f.Add("0000\xc40\xf20\xee", 14)
 	f.Fuzz(func(t *testing.T, s string, limit int) {
 		if limit < 3 || limit > 1<<16 {
 			return // not a limit that is used

@@ -60,6 +60,9 @@ type Host struct {
 	// machine.
 	boots  map[string]boot
 	budget map[string]budget
+	// heartbeat is how long an event stream may be silent; well below the
+	// client's limit.
+	heartbeat time.Duration
 }
 
 type boot struct {
@@ -76,7 +79,7 @@ type budget struct {
 // New makes a Host. Serve NodeAPI, OperatorAPI and ReadOnly, give the Host to
 // pxe, and Run it.
 func New(c Config) *Host {
-	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}}
+	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second}
 }
 
 var _ pxe.Backend = (*Host)(nil)

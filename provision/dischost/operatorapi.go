@@ -159,13 +159,9 @@ func (h *Host) approve(w http.ResponseWriter, r *http.Request) (any, error) {
 	})
 }
 
-const (
-	// heartbeat is shorter than the client's limit on silence.
-	heartbeat = 15 * time.Second
-	// slowReader ends a stream whose reader takes nothing; it may come back
-	// for what it missed.
-	slowReader = 30 * time.Second
-)
+// slowReader ends a stream whose reader takes nothing for so long; it may come
+// back for what it missed.
+const slowReader = 30 * time.Second
 
 // events streams the journal as text/event-stream (HTML standard, 9.2).
 func (h *Host) events(w http.ResponseWriter, r *http.Request) (any, error) {
@@ -179,12 +175,13 @@ func (h *Host) events(w http.ResponseWriter, r *http.Request) (any, error) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	out := http.NewResponseController(w)
+	defer out.SetWriteDeadline(time.Time{})
 	out.SetWriteDeadline(time.Now().Add(slowReader))
 	if _, err := fmt.Fprint(w, "retry: 1000\n\n"); err != nil || out.Flush() != nil {
 		return nil, nil
 	}
 	for {
-		news, err := nextWithin(r.Context(), sub, heartbeat)
+		news, err := nextWithin(r.Context(), sub, h.heartbeat)
 		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
 			if r.Context().Err() == nil && !errors.Is(err, store.ErrClosed) {
 				h.Log.Error("event stream ended", "err", err)
