@@ -232,8 +232,13 @@ func (o InitramfsOptions) commands(ctx context.Context, work *scratch, hash stri
 	if err := os.Mkdir(tmp, 0o755); err != nil {
 		return "", err
 	}
+	// A program built with -trimpath does not know where its toolchain was.
+	root, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
+	if err != nil {
+		return "", fmt.Errorf("u-root's commands need a Go toolchain, and go does not answer: %w", err)
+	}
 	opts, err := uimage.OptionsFor(
-		uimage.WithReplaceEnv(golang.Default(golang.DisableCGO(), golang.WithGOARCH("amd64"), golang.WithBuildTag(commandTag), golang.WithWorkingDir(source))),
+		uimage.WithReplaceEnv(golang.Default(golang.DisableCGO(), golang.WithGOROOT(strings.TrimSpace(string(root))), golang.WithGOARCH("amd64"), golang.WithBuildTag(commandTag), golang.WithWorkingDir(source))),
 		uimage.WithTempDir(tmp),
 		uimage.WithBusyboxCommands(packages...),
 		uimage.WithInit("init"),
