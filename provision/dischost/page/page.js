@@ -63,7 +63,7 @@ function size(bytes) {
 // A card is the part of the page that shows one node.
 function makeCard(name) {
   const c = {
-    slot: el('div', 'slot'), name: el('button', 'name'), address: el('span', 'mono'), mac: el('span', 'mono'),
+    slot: el('div', 'slot'), name: el('button', 'name'), address: el('div', 'addr mono'),
     chip: el('span', 'chip'), phase: el('span', 'phase'), due: el('span', 'due'),
     bar: el('progress'), percent: el('span', 'percent'), rate: el('span', 'rate'),
     message: el('p'), next: el('p', 'next'), code: el('p', 'code mono'),
@@ -82,7 +82,7 @@ function makeCard(name) {
     times.append(row);
   }
   c.root = el('li', 'node',
-    el('div', 'who', c.slot, c.name, el('div', 'addr', c.address, c.mac)),
+    el('div', 'who', c.slot, c.name, c.address),
     el('div', 'what', el('div', 'head', c.chip, c.phase, c.due), c.progress, c.failure, c.command, c.last), times);
   c.root.dataset.node = name;
   return c;
@@ -102,7 +102,6 @@ function renderCard(s) {
   setText(c.name, s.name);
   c.name.setAttribute('aria-label', `${s.name}, ${s.stage}: show its log`);
   show(c.address, s.address);
-  show(c.mac, s.mac && s.mac !== s.name ? s.mac : '');
   setText(c.chip, s.stage);
   c.chip.className = 'chip ' + stageClass(s);
   const place = s.phase_n && s.phase_of ? ` ${s.phase_n} of ${s.phase_of}` : '';
@@ -170,9 +169,9 @@ function render() {
   const ready = count('ready'), failed = count('failed');
   const sentence = known.length && ready === known.length ? `All ${ready} ready` : `${ready} of ${known.length} ready`;
   setText($('summary'), sentence);
-  const chips = Object.keys(stages).filter(stage => stage !== 'ready' && stage !== 'unknown' && count(stage))
-    .map(stage => [stage, `${count(stage)} ${stage}`]);
+  const chips = ['failed', ...busy, 'off'].filter(count).map(stage => [stage, `${count(stage)} ${stage}`]);
   if (strangers) chips.push(['unknown', `${strangers} unknown`]);
+  document.documentElement.classList.toggle('many', states.size > 6);
   const key = JSON.stringify(chips);
   if ($('counts').dataset.key !== key) {
     $('counts').dataset.key = key;
@@ -217,6 +216,7 @@ const log = {
     $('log-chip').className = 'chip ' + (s ? stageClass(s) : 'stage-off');
     setText($('log-chip'), s?.stage || '');
     const facts = Object.entries(s?.facts || {}).sort(([a], [b]) => (a < b ? -1 : 1));
+    for (const [k, v] of [['MAC', s?.mac], ['address', s?.address], ['slot', s?.slot]]) if (v) facts.unshift([k, v]);
     $('log-facts').replaceChildren(...facts.map(([k, v]) =>
       el('div', '', el('dt', '', k.replace(/_ms$/, '').replaceAll('_', ' ')), el('dd', 'mono', k.endsWith('_ms') ? (v / 1000).toFixed(1) + ' s' : v))));
   },
@@ -346,7 +346,7 @@ function tick() {
     const s = states.get(name);
     if (s) renderClock(s, c);
   }
-  if (lostSince) setText($('lost-detail'), `for ${span(Date.now() - lostSince)}. What is shown may be old; the nodes go on by themselves. Trying again …`);
+  if (lostSince) setText($('lost-detail'), `for ${span(Date.now() - lostSince)}. What is shown may be old. Trying again …`);
 }
 
 $('log-close').addEventListener('click', () => $('log').close());
