@@ -1,0 +1,136 @@
+package hostprep
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/coreos/go-systemd/v22/dbus"
+)
+
+// Systemd speaks to the service manager. It waits for the manager's own word
+// that a job has ended; it never polls.
+type Systemd struct{ conn *dbus.Conn }
+
+// DialSystemd connects over the system bus, or straight to the manager where
+// no bus runs.
+func DialSystemd(ctx context.Context) (*Systemd, error) {
+	conn, err := dbus.NewWithContext(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("systemd does not answer: %w: is this a host that systemd booted?", err)
+	}
+	return &Systemd{conn}, nil
+}
+
+// Close ends the connection.
+func (s *Systemd) Close() { s.conn.Close() }
+
+// Unit is one unit.
+func (s *Systemd) Unit(name string) *Unit { return &Unit{s, name} }
+
+// Reload makes systemd read unit files anew.
+func (s *Systemd) Reload(ctx context.Context) error { return s.conn.ReloadContext(ctx) }
+
+// Unit is one unit of systemd.
+type Unit struct {
+	s    *Systemd
+	name string
+}
+
+// Start waits until the unit is active: for a service of Type=notify until it
+// has said that it is ready. A start that is under way is joined.
+func (u *Unit) Start(ctx context.Context) error {
+	return u.job(ctx, "start", u.s.conn.StartUnitContext)
+}
+
+// Restart stops and starts the unit and waits as Start does.
+func (u *Unit) Restart(ctx context.Context) error {
+	return u.job(ctx, "restart", u.s.conn.RestartUnitContext)
+}
+
+func (u *Unit) job(ctx context.Context, verb string, call func(context.Context, string, string, chan<- string) (int, error)) error {
+	done := make(chan string, 1)
+	if _, err := call(ctx, u.name, "replace", done); err != nil {
+		return fmt.Errorf("%s %s: %w", verb, u.name, err)
+	}
+	select {
+	case result := <-done:
+		if result != "done" {
+			return fmt.Errorf("%s %s: %s: look at 'journalctl -u %s'", verb, u.name, result, u.name)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s %s: %w", verb, u.name, ctx.Err())
+	}
+}
+
+// state is a unit's ActiveState: active, activating, inactive, failed ...
+// A start that systemd has queued, as at boot, is waited for.
+func (u *Unit) state(ctx context.Context) (load, active string, err error) {
+	for {
+		p, err := u.s.conn.GetUnitPropertiesContext(ctx, u.name)
+		if err != nil {
+			return "", "", fmt.Errorf("%s: %w", u.name, err)
+		}
+		load, _ := p["LoadState"].(string)
+		active, _ := p["ActiveState"].(string)
+		if job, _ := p["Job"].([]any); len(job) == 2 && job[0] != uint32(0) && active != "active" && load == "loaded" {
+			if err := u.Start(ctx); err != nil && ctx.Err() != nil {
+				return "", "", err
+			}
+			continue
+		}
+		return load, active, nil
+	}
+}
+
+// services is the step that wants one unit of every group to be active. The
+// groups hold alternatives, the preferred one first.
+func services(s *Systemd, groups [][]string) Step {
+	// look returns the units that should be started and a line for people.
+	look := func(ctx context.Context) (start []string, is string, err error) {
+		var parts []string
+	groups:
+		for _, g := range groups {
+			loaded, said := "", ""
+			for _, name := range g {
+				load, active, err := s.Unit(name).state(ctx)
+				if err != nil {
+					return nil, "", err
+				}
+				if active == "active" {
+					parts = append(parts, name+" active")
+					continue groups
+				}
+				if load == "loaded" && loaded == "" {
+					loaded, said = name, name+" "+active
+				}
+			}
+			if loaded == "" {
+				return nil, "", fmt.Errorf("%s is not installed", strings.Join(g, " or "))
+			}
+			start, parts = append(start, loaded), append(parts, said)
+		}
+		return start, strings.Join(parts, ", "), nil
+	}
+	return Step{
+		Name: "services",
+		Next: "Look at 'systemctl --failed' on the node",
+		Check: func(ctx context.Context) (Finding, error) {
+			start, is, err := look(ctx)
+			return Finding{OK: len(start) == 0, Is: is, Want: "all active", Why: "VMs and operators need them"}, err
+		},
+		Apply: func(ctx context.Context) error {
+			start, _, err := look(ctx)
+			if err != nil {
+				return err
+			}
+			for _, name := range start {
+				if err := s.Unit(name).Start(ctx); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+}

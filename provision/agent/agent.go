@@ -1,0 +1,316 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"platter/hostprep"
+	"platter/provision"
+	"platter/provision/client"
+	"platter/provision/stack"
+)
+
+// Config says where the agent finds things. The zero value is the installed
+// host.
+type Config struct {
+	PlanPath     string // default /etc/platter/plan.json
+	IdentityPath string // default /etc/platter/identity.json
+	Log          io.Writer
+	Notify       func(state string) // tells systemd, see sd_notify(3); default: does so
+	Watch        time.Duration      // between looks at the cluster; default 15 s
+	Retry        time.Duration      // after something failed; default 30 s
+}
+
+// Reporter is what the agent says things to; client.Reporter is one.
+type Reporter interface {
+	stack.Progress
+	Stage(provision.Stage)
+	Progress(done, total int64)
+	Fail(*provision.Failure)
+}
+
+// work is what the agent does, in order; tests put other things in place.
+type work struct {
+	prepare func(ctx context.Context, rep Reporter) error
+	bring   func(ctx context.Context, rep Reporter) error
+	look    func(ctx context.Context) (stack.Cluster, error)
+}
+
+// Run is the agent's whole life; it returns when ctx ends or when the host was
+// not installed by Platter.
+func Run(ctx context.Context, c Config) error {
+	upAtStart := hostprep.SinceBoot()
+	c = c.withDefaults()
+	var plan provision.Plan
+	if err := readJSON(c.PlanPath, &plan); err != nil {
+		return fmt.Errorf("agent: the plan of this host: %w: reinstall the node", err)
+	}
+	if plan.Format != provision.PlanFormat {
+		return fmt.Errorf("agent: %s has format %d, this program knows %d: reinstall the node", c.PlanPath, plan.Format, provision.PlanFormat)
+	}
+	rep := client.NewReporter(c.Log)
+	defer rep.Close()
+	c.Notify("READY=1\nSTATUS=Node " + plan.Node)
+
+	// Without an identity nothing can be reported or asked, but a member runs
+	// on.
+	var node *client.Node
+	var id client.Identity
+	err := readJSON(c.IdentityPath, &id)
+	if err == nil {
+		node, err = client.NewNode(id)
+	}
+	if err != nil {
+		rep.Logf("agent: this node cannot speak to the disc host: %v: reinstall the node", err)
+	} else {
+		rep.Attach(node)
+		defer node.Close()
+	}
+
+	facts := osFacts("/")
+	facts["os_up_ms"] = upAtStart
+	w := work{
+		prepare: func(ctx context.Context, rep Reporter) error {
+			sd, err := hostprep.DialSystemd(ctx)
+			if err != nil {
+				return err
+			}
+			defer sd.Close()
+			_, err = hostprep.Run(ctx, hostprep.Steps(plan.Host, sd), rep)
+			return err
+		},
+		bring: func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
+		look:  func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
+	}
+	return c.live(ctx, w, facts, statusReporter{rep, c.Notify})
+}
+
+// live goes through the stages until the node is a member of the cluster, then
+// watches. What fails is reported by name and tried again.
+func (c Config) live(ctx context.Context, w work, facts map[string]string, rep Reporter) error {
+	rep.Stage(provision.StagePreparing)
+	rep.Facts(facts)
+	for {
+		err := c.stages(ctx, w, rep)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			break
+		}
+		rep.Fail(failure(err))
+		if sleep(ctx, c.Retry) != nil {
+			return nil
+		}
+		rep.Stage(provision.StagePreparing)
+	}
+	rep.Stage(provision.StageProbing)
+	return c.watch(ctx, w, rep)
+}
+
+func (c Config) stages(ctx context.Context, w work, rep Reporter) error {
+	began := time.Now()
+	if err := w.prepare(ctx, rep); err != nil {
+		return err
+	}
+	rep.Facts(map[string]string{"prepare_ms": ms(began)})
+	rep.Stage(provision.StageJoining)
+	began = time.Now()
+	if err := w.bring(ctx, rep); err != nil {
+		return err
+	}
+	rep.Facts(map[string]string{"stack_ms": ms(began), "member_up_ms": hostprep.SinceBoot()})
+	return nil
+}
+
+// watch looks at the cluster now and then, says what changes, and gives a sign
+// of life. A local member that stays away is a failure; systemd restarts it.
+func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
+	const enough = 4 // looks in a row before a silent member is a failure
+	said, silent := "", 0
+	for {
+		cl, err := w.look(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		now := describe(cl)
+		if err != nil {
+			silent++
+			now = "ejabberd of this node does not answer: " + err.Error()
+		}
+		if err == nil || silent == 1 {
+			if now != said {
+				if said != "" {
+					rep.Logf("cluster: %s", now)
+				}
+				rep.Facts(map[string]string{"cluster_running": strings.Join(cl.Running, ","), "cluster_down": strings.Join(cl.Down, ",")})
+				said = now
+			}
+		}
+		switch {
+		case err == nil && silent >= enough:
+			rep.Stage(provision.StageProbing) // the disc host decides when it is ready again
+			silent = 0
+		case err == nil:
+			silent = 0
+		case silent == enough:
+			rep.Fail(&provision.Failure{Code: "stack-stopped", Message: now, Next: "Look at 'journalctl -u ejabberd' on the node; systemd and the agent keep trying"})
+		}
+		rep.Progress(0, 0) // pure progress: seen, but not kept
+		if sleep(ctx, c.Watch) != nil {
+			return nil
+		}
+	}
+}
+
+// bring makes the node a member, with secrets from its own disk or, where they
+// are missing, from the disc host.
+func bring(ctx context.Context, plan provision.Plan, node *client.Node, rep Reporter) error {
+	ask := func(ctx context.Context) (provision.Join, error) {
+		if node == nil {
+			return provision.Join{}, errors.New("this node has no identity: reinstall it")
+		}
+		return node.Join(ctx)
+	}
+	sec, err := stack.Secrets("/")
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			rep.Logf("agent: %v", err)
+		}
+		if node == nil {
+			return errors.New("the secrets of the IM service are missing and this node has no identity: reinstall it")
+		}
+		if sec, err = node.Secrets(ctx); err != nil {
+			return fmt.Errorf("fetching the secrets of the IM service: %w", err)
+		}
+	}
+	return stack.Bring(ctx, plan, sec, ask, rep)
+}
+
+// failure gives every error a name.
+func failure(err error) *provision.Failure {
+	var f *provision.Failure
+	if errors.As(err, &f) {
+		return f
+	}
+	return &provision.Failure{Code: "agent", Message: err.Error(), Next: "Look at 'journalctl -u platter-agent' on the node; the agent keeps trying"}
+}
+
+func describe(c stack.Cluster) string {
+	s := "running: " + strings.Join(c.Running, ", ")
+	if len(c.Down) > 0 {
+		s += "; not running: " + strings.Join(c.Down, ", ")
+	}
+	return s
+}
+
+// osFacts are the facts about the system at root that do not change until it
+// reboots.
+func osFacts(root string) map[string]string {
+	facts := map[string]string{
+		"kernel":  hostprep.KernelRelease(),
+		"boot_id": strings.TrimSpace(readText(root + "/proc/sys/kernel/random/boot_id")),
+		"cpus":    strconv.Itoa(runtime.NumCPU()),
+	}
+	for line := range strings.Lines(readText(root + "/etc/os-release")) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "PRETTY_NAME="); ok {
+			facts["os"] = strings.Trim(v, `"`)
+		}
+	}
+	for line := range strings.Lines(readText(root + "/proc/meminfo")) {
+		if v, ok := strings.CutPrefix(line, "MemTotal:"); ok {
+			facts["memory_kib"] = strings.TrimSuffix(strings.TrimSpace(v), " kB")
+		}
+	}
+	for _, k := range slices.Collect(maps.Keys(facts)) {
+		if facts[k] == "" {
+			delete(facts, k)
+		}
+	}
+	return facts
+}
+
+// statusReporter also tells systemd what the agent is about.
+type statusReporter struct {
+	*client.Reporter
+	notify func(string)
+}
+
+func (s statusReporter) Stage(st provision.Stage) {
+	s.notify("STATUS=" + string(st))
+	s.Reporter.Stage(st)
+}
+
+func (s statusReporter) Phase(name string, n, of int) {
+	s.notify(fmt.Sprintf("STATUS=%s (%d/%d)", name, n, of))
+	s.Reporter.Phase(name, n, of)
+}
+
+func (s statusReporter) Fail(f *provision.Failure) {
+	s.notify("STATUS=failed: " + strings.ReplaceAll(f.Error(), "\n", " "))
+	s.Reporter.Fail(f)
+}
+
+func (c Config) withDefaults() Config {
+	if c.PlanPath == "" {
+		c.PlanPath = "/etc/platter/plan.json"
+	}
+	if c.IdentityPath == "" {
+		c.IdentityPath = "/etc/platter/identity.json"
+	}
+	if c.Log == nil {
+		c.Log = os.Stdout
+	}
+	if c.Notify == nil {
+		c.Notify = func(state string) { daemon.SdNotify(false, state) } // nothing without systemd
+	}
+	if c.Watch == 0 {
+		c.Watch = 15 * time.Second
+	}
+	if c.Retry == 0 {
+		c.Retry = 30 * time.Second
+	}
+	return c
+}
+
+func readJSON(path string, v any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+func readText(path string) string {
+	b, _ := os.ReadFile(path)
+	return string(b)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func ms(since time.Time) string { return strconv.FormatInt(time.Since(since).Milliseconds(), 10) }

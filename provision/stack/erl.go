@@ -1,0 +1,180 @@
+package stack
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// evaluator runs one Erlang expression in the local member's machine and
+// returns the string it evaluates to.
+type evaluator func(ctx context.Context, expr string) (string, error)
+
+// errUnreachable: the member's machine does not answer. Every other error is
+// an answer.
+var errUnreachable = errors.New("ejabberd does not answer on its distribution port")
+
+// erlCall is the evaluator over erl_call. command makes the process that runs
+// erl_call as the user ejabberd, with its home, where erl_call finds the
+// cookie. Expressions go through standard input: nothing secret is seen in a
+// process list.
+func erlCall(node, addr string, command func(ctx context.Context, name string, args ...string) *exec.Cmd) evaluator {
+	return func(ctx context.Context, expr string) (string, error) {
+		cmd := command(ctx, "/usr/bin/erl_call", "-r", "-address", addr+":"+strconv.Itoa(DistPort), "-e")
+		cmd.Stdin = strings.NewReader(expr + "\n")
+		var out, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &stderr
+		cmd.WaitDelay = time.Second
+		if err := cmd.Run(); err != nil {
+			if ctx.Err() != nil {
+				return "", fmt.Errorf("ejabberd on node %s: %w", node, context.Cause(ctx))
+			}
+			return "", fmt.Errorf("node %s: %w: %s", node, errUnreachable, strings.TrimSpace(stderr.String()+" "+err.Error()))
+		}
+		s, err := parseReply(out.String())
+		if err != nil {
+			return "", fmt.Errorf("ejabberd on node %s: %w", node, err)
+		}
+		return s, nil
+	}
+}
+
+// parseReply reads what erl_call prints: {ok, "string"} or {error, "text"}.
+func parseReply(out string) (string, error) {
+	out = strings.TrimSpace(out)
+	if s, ok := strings.CutPrefix(out, "{ok, "); ok && strings.HasSuffix(s, "}") {
+		if s, err := strconv.Unquote(strings.TrimSuffix(s, "}")); err == nil {
+			return s, nil
+		}
+	}
+	if len(out) > 500 {
+		out = out[:500] + " ..."
+	}
+	return "", fmt.Errorf("unexpected answer %q", out)
+}
+
+// status is the local member as it sees itself.
+type status struct {
+	up         bool     // the application ejabberd has started
+	joining    bool     // a join runs
+	known      []string // nodes in the database's schema, with this one
+	running    []string // of those, the ones whose database runs
+	incomplete bool     // tables of the cluster have no copy here
+}
+
+func (s status) others(self string) []string {
+	return slices.DeleteFunc(slices.Clone(s.known), func(n string) bool { return n == self })
+}
+
+const statusExpr = `
+	Names = fun(L) -> lists:join(",", [lists:nthtail(length("ejabberd@"), atom_to_list(A)) || A <- lists:sort(L)]) end,
+	{Known, Running, Missing} = case mnesia:system_info(is_running) of
+		yes -> {mnesia:system_info(db_nodes), mnesia:system_info(running_db_nodes),
+			[T || T <- mnesia:system_info(tables), mnesia:table_info(T, storage_type) == unknown]};
+		_ -> {[], [], []}
+	end,
+	lists:flatten(io_lib:format("up=~s joining=~s incomplete=~s known=~s running=~s", [
+		lists:keymember(ejabberd, 1, application:which_applications(60000)),
+		whereis(platter_join) =/= undefined, Missing =/= [], Names(Known), Names(Running)])).`
+
+func parseStatus(text string) (status, error) {
+	var s status
+	for _, field := range strings.Fields(text) {
+		k, v, _ := strings.Cut(field, "=")
+		switch k {
+		case "up":
+			s.up = v == "true"
+		case "joining":
+			s.joining = v == "true"
+		case "incomplete":
+			s.incomplete = v == "true"
+		case "known", "running":
+			var names []string
+			if v != "" {
+				names = strings.Split(v, ",")
+			}
+			if k == "known" {
+				s.known = names
+			} else {
+				s.running = names
+			}
+		default:
+			return s, fmt.Errorf("status %q: unknown field %q", text, k)
+		}
+	}
+	return s, nil
+}
+
+// joinExpr makes the local member, which must hold nothing worth keeping, a
+// member of target's cluster. It goes on when erl_call is killed; a second one
+// while it runs answers "busy".
+//
+// A node that was installed anew is still in the cluster's schema under its
+// name. Mnesia takes it back as it is: with its own schema deleted it loads
+// the cluster's, in which it has copies of everything. Nothing has to be
+// forgotten first. ejabberd's leave_cluster must not be used for it: it halts
+// a node that answers.
+//
+// The join stops and starts the application ejabberd, which would tell systemd
+// that the service is stopping; systemd would kill it when the stop timeout
+// ends. So its messenger is held until the application stops it.
+func joinExpr(target string) string {
+	return `
+	case catch register(platter_join, self()) of
+		true ->
+			catch sys:suspend(ejabberd_systemd),
+			R = (catch ejabberd_cluster:join(` + atom(erlangNode(target)) + `)),
+			catch sys:resume(ejabberd_systemd),
+			lists:flatten(io_lib:format("~0p", [R]));
+		_ -> "busy"
+	end.`
+}
+
+// waitJoinExpr returns when no join runs any more.
+const waitJoinExpr = `
+	case whereis(platter_join) of
+		undefined -> "idle";
+		Pid -> M = monitor(process, Pid), receive {'DOWN', M, _, _, _} -> "idle" end
+	end.`
+
+// accountExpr makes sure the account exists with that password.
+func accountExpr(user, domain, password string) string {
+	return fmt.Sprintf(`
+	U = %s, D = %s, P = %s,
+	case ejabberd_auth:check_password(U, <<>>, D, P) of
+		true -> "present";
+		false ->
+			R = case ejabberd_auth:try_register(U, D, P) of
+				{error, exists} -> ejabberd_auth:set_password(U, D, P);
+				Other -> Other
+			end,
+			lists:flatten(io_lib:format("~0p", [R]))
+	end.`, binary(user), binary(domain), binary(password))
+}
+
+// syncExpr makes what was committed durable: Mnesia alone loses the last
+// seconds in a power cut.
+const syncExpr = `lists:flatten(io_lib:format("~0p", [mnesia:sync_log()])).`
+
+// atom quotes a name that check has found to be harmless.
+func atom(s string) string { return "'" + s + "'" }
+
+// binary writes s as its bytes: no character of it can end the expression.
+func binary(s string) string {
+	var b strings.Builder
+	b.WriteString("<<")
+	for i := range len(s) {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(strconv.Itoa(int(s[i])))
+	}
+	b.WriteString(">>")
+	return b.String()
+}
