@@ -253,7 +253,7 @@ func TestEnrolAgain(t *testing.T) {
 		case 1:
 			panic(http.ErrAbortHandler)
 		case 2:
-			http.Error(w, "starting", 503)
+			http.Error(w, "starting", http.StatusServiceUnavailable)
 		default:
 			r.Body = io.NopCloser(bytes.NewReader(b))
 			enrolAs(s, "node1")(w, r)
