@@ -198,6 +198,42 @@ func TestLeaseFile(t *testing.T) {
 	}
 }
 
+// TestLeaseFileStaysSmall: what has grown far beyond its contents is
+// rewritten, and a file that could not be written is made whole later.
+func TestLeaseFileStaysSmall(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "later")
+	w := &leaseLog{path: filepath.Join(dir, "leases"), log: slog.New(slog.DiscardHandler), pending: map[netip.Addr]lease{}, all: map[netip.Addr]lease{}}
+	add := func(n int) {
+		a := address(number(testNet.PoolFirst) + uint32(n))
+		w.pending[a] = lease{Addr: a, MAC: mac(n), Until: time.Now(), State: leaseBound}
+		w.flush()
+	}
+	add(0) // no such folder
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	add(1)
+	b, err := os.ReadFile(w.path)
+	if records, bad := parseLeases(b); err != nil || len(records) != 2 || bad != 0 {
+		t.Fatalf("%v, %d damaged, %v", records, bad, err)
+	}
+	w.lines = 4096
+	add(1)
+	add(1)
+	before := w.lines
+	for w.lines >= before {
+		before = w.lines
+		add(1)
+		if before > 5000 {
+			t.Fatal("the file grows without end")
+		}
+	}
+	b, err = os.ReadFile(w.path)
+	if records, bad := parseLeases(b); err != nil || len(records) != 2 || bad != 0 {
+		t.Fatalf("after rewriting: %v, %d damaged, %v", records, bad, err)
+	}
+}
+
 func FuzzLeaseFile(f *testing.F) {
 	f.Add([]byte(`{"addr":"10.1.2.100","mac":"52:54:00:00:00:01","until":"2026-11-01T08:00:00Z","state":"bound"}` + "\n"))
 	f.Add([]byte(`{"addr":"10.1.2.101","until":"2026-11-01T08:00:00Z","state":"resting"}` + "\n{"))
