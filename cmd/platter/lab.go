@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -184,7 +185,7 @@ func labConsoleCmd(open func() (*vmtest.Lab, error)) *cobra.Command {
 				}
 				defer conn.Close()
 				fmt.Fprintf(c.ErrOrStderr(), "attached to %s, leave with Ctrl-]\n", args[0])
-				return converse(conn, c.InOrStdin(), c.OutOrStdout())
+				return converse(c.Context(), conn, c.InOrStdin(), c.OutOrStdout())
 			case follow:
 				r := lab.Follow(c.Context(), args[0], 0)
 				defer r.Close()
@@ -211,9 +212,9 @@ func labConsoleCmd(open func() (*vmtest.Lab, error)) *cobra.Command {
 
 const leaveKey = 0x1d // Ctrl-]
 
-// converse joins a console and a terminal until the user leaves or the machine
-// loses power.
-func converse(conn net.Conn, in io.Reader, out io.Writer) error {
+// converse joins a console and a terminal until the user leaves, the machine
+// loses power or ctx ends.
+func converse(ctx context.Context, conn net.Conn, in io.Reader, out io.Writer) error {
 	if f, ok := in.(*os.File); ok {
 		if saved, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil {
 			raw := *saved
@@ -250,7 +251,12 @@ func converse(conn net.Conn, in io.Reader, out io.Writer) error {
 			}
 		}
 	}()
-	return <-done
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func labPowerCmd(open func() (*vmtest.Lab, error)) *cobra.Command {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -126,6 +127,11 @@ func (w *watch) run(ctx context.Context, op *client.Operator) error {
 // update takes a state and tells whether the node moved on by it.
 func (w *watch) update(s provision.State) bool {
 	old, known := w.nodes[s.Name]
+	if s.Stage == "" { // no longer listed
+		delete(w.nodes, s.Name)
+		w.order = slices.DeleteFunc(w.order, func(n string) bool { return n == s.Name })
+		return known
+	}
 	if !known {
 		w.order = append(w.order, s.Name)
 	}
@@ -178,6 +184,7 @@ func (w *watch) draw() {
 		for _, name := range w.order {
 			fmt.Fprintf(&b, "\x1b[2K%s\n", progressLine(w.nodes[name], w.since, w.now()))
 		}
+		b.WriteString("\x1b[J") // lines of nodes that are no longer listed
 		w.drawn = len(w.order)
 		io.WriteString(w.out, b.String())
 		return
