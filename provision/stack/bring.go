@@ -307,12 +307,15 @@ func (m *member) join(ctx context.Context, target string) error {
 	if target == m.plan.Node || !slices.ContainsFunc(m.plan.Hosts, func(h provision.Host) bool { return h.Name == target }) {
 		return fmt.Errorf("%q is no other node of this rack", target)
 	}
-	ctx, cancel := context.WithTimeout(ctx, m.patience)
+	limited, cancel := context.WithTimeout(ctx, m.patience)
 	defer cancel()
-	result, err := m.eval(ctx, joinExpr(target))
+	result, err := m.eval(limited, joinExpr(target))
 	if err == nil && result == "busy" {
-		_, err = m.eval(ctx, waitJoinExpr)
+		_, err = m.eval(limited, waitJoinExpr)
 		result = "ok"
+	}
+	if ctx.Err() != nil {
+		return ctx.Err() // it goes on without us
 	}
 	if err == nil && strings.Contains(result, "no_ping") {
 		return fmt.Errorf("%s does not answer at port %d", target, DistPort) // nothing has changed

@@ -1,0 +1,194 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"platter/provision"
+	"platter/provision/stack"
+)
+
+// heard is a Reporter that keeps what it hears and can be waited for.
+type heard struct {
+	mu    sync.Mutex
+	lines []string
+	facts map[string]string
+	more  chan struct{}
+}
+
+func newHeard() *heard { return &heard{facts: map[string]string{}, more: make(chan struct{}, 1)} }
+
+func (h *heard) add(s string) {
+	h.mu.Lock()
+	h.lines = append(h.lines, s)
+	h.mu.Unlock()
+	select {
+	case h.more <- struct{}{}:
+	default:
+	}
+}
+func (h *heard) Stage(s provision.Stage)      { h.add("stage " + string(s)) }
+func (h *heard) Phase(name string, n, of int) { h.add("phase " + name) }
+func (h *heard) Logf(f string, a ...any)      { h.add("log " + fmt.Sprintf(f, a...)) }
+func (h *heard) Progress(done, total int64)   { h.add("alive") }
+func (h *heard) Fail(f *provision.Failure)    { h.add("fail " + f.Code) }
+func (h *heard) Facts(f map[string]string) {
+	h.mu.Lock()
+	for k, v := range f {
+		h.facts[k] = v
+	}
+	h.mu.Unlock()
+}
+
+// wait returns everything said once line was said n times.
+func (h *heard) wait(t *testing.T, line string, n int) []string {
+	t.Helper()
+	limit := time.After(10 * time.Second)
+	for {
+		h.mu.Lock()
+		lines := slices.Clone(h.lines)
+		h.mu.Unlock()
+		count := 0
+		for _, l := range lines {
+			if l == line {
+				count++
+			}
+		}
+		if count >= n {
+			return lines
+		}
+		select {
+		case <-h.more:
+		case <-limit:
+			t.Fatalf("%q was not said %d times: %q", line, n, lines)
+		}
+	}
+}
+
+var quick = Config{Watch: time.Millisecond, Retry: time.Millisecond}
+
+// live starts the agent; the returned function ends it.
+func live(t *testing.T, w work, h *heard) (end func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- quick.live(ctx, w, map[string]string{"kernel": "6"}, h) }()
+	return func() {
+		t.Helper()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func both(context.Context) (stack.Cluster, error) {
+	return stack.Cluster{Running: []string{"a", "b"}}, nil
+}
+
+func TestStages(t *testing.T) {
+	fine := func(context.Context, Reporter) error { return nil }
+	h := newHeard()
+	end := live(t, work{prepare: fine, bring: fine, look: both}, h)
+	lines := h.wait(t, "alive", 3)
+	end()
+	if got := strings.Join(lines[:4], ", "); got != "stage preparing, stage joining, stage probing, alive" {
+		t.Errorf("said %s", got)
+	}
+	for _, k := range []string{"kernel", "prepare_ms", "stack_ms", "member_up_ms", "cluster_running"} {
+		if h.facts[k] == "" {
+			t.Errorf("no fact %s in %v", k, h.facts)
+		}
+	}
+}
+
+// TestRetry: what fails is named and tried again until it works.
+func TestRetry(t *testing.T) {
+	h := newHeard()
+	prepares, brings := 0, 0
+	w := work{look: both,
+		prepare: func(context.Context, Reporter) error {
+			if prepares++; prepares == 1 {
+				return &provision.Failure{Code: "host-check"}
+			}
+			return nil
+		},
+		bring: func(context.Context, Reporter) error {
+			if brings++; brings == 1 {
+				return fmt.Errorf("something new: %w", os.ErrPermission)
+			}
+			return nil
+		}}
+	end := live(t, w, h)
+	lines := h.wait(t, "stage probing", 1)
+	end()
+	want := "stage preparing, fail host-check, stage preparing, stage joining, fail agent, stage preparing, stage joining, stage probing"
+	if got := strings.Join(lines[:min(8, len(lines))], ", "); got != want {
+		t.Errorf("said %s, want %s", got, want)
+	}
+}
+
+// TestWatch: a member that leaves is said once; a local member that is silent
+// for long is a failure, and when it is back the node is probed again.
+func TestWatch(t *testing.T) {
+	fine := func(context.Context, Reporter) error { return nil }
+	var mu sync.Mutex
+	cl, err := stack.Cluster{Running: []string{"a", "b"}}, error(nil)
+	set := func(c stack.Cluster, e error) { mu.Lock(); cl, err = c, e; mu.Unlock() }
+	look := func(context.Context) (stack.Cluster, error) { mu.Lock(); defer mu.Unlock(); return cl, err }
+	h := newHeard()
+	end := live(t, work{prepare: fine, bring: fine, look: look}, h)
+	defer end()
+	h.wait(t, "alive", 2)
+	set(stack.Cluster{Running: []string{"a"}, Down: []string{"b"}}, nil)
+	h.wait(t, "log cluster: running: a; not running: b", 1)
+	set(stack.Cluster{}, errors.New("refused"))
+	h.wait(t, "fail stack-stopped", 1)
+	set(stack.Cluster{Running: []string{"a", "b"}}, nil)
+	h.wait(t, "log cluster: running: a, b", 1)
+	lines := h.wait(t, "stage probing", 2)
+	if slices.Contains(lines[:slices.Index(lines, "fail stack-stopped")], "log cluster: running: a, b") {
+		t.Errorf("said %q", lines)
+	}
+	fails := 0
+	for _, l := range lines {
+		if strings.HasPrefix(l, "fail") {
+			fails++
+		}
+	}
+	if fails != 1 {
+		t.Errorf("%d failures for one silence: %q", fails, lines)
+	}
+}
+
+// TestNotInstalled: a host without a plan is no host of ours.
+func TestNotInstalled(t *testing.T) {
+	dir := t.TempDir()
+	c := Config{PlanPath: filepath.Join(dir, "plan.json"), Notify: func(string) { t.Error("systemd was told READY") }}
+	if err := Run(context.Background(), c); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no plan: %v", err)
+	}
+	if err := os.WriteFile(c.PlanPath, []byte(`{"format": 77}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Run(context.Background(), c); err == nil || !strings.Contains(err.Error(), "format 77") {
+		t.Errorf("a plan of the future: %v", err)
+	}
+}
+
+func TestFacts(t *testing.T) {
+	f := osFacts("/")
+	for _, k := range []string{"kernel", "boot_id", "cpus", "memory_kib", "os"} {
+		if f[k] == "" {
+			t.Errorf("no fact %s in %v", k, f)
+		}
+	}
+}
