@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"strings"
@@ -135,17 +136,7 @@ func Permit(c Content, plan *provision.Plan) (resume bool, f *provision.Failure)
 		Next:    fmt.Sprintf("To install it anew run 'platter node reinstall %s' on the disc host, then start the machine again", plan.Node)}
 }
 
+// zero tells whether b is all zeros.
 func zero(b []byte) bool {
-	for len(b) >= 8 {
-		if binary.LittleEndian.Uint64(b) != 0 {
-			return false
-		}
-		b = b[8:]
-	}
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
