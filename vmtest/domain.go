@@ -65,9 +65,7 @@ func domainXML(lab string, m Machine, accel Accel, bridge string) (string, error
 	}
 	if accel == TCG {
 		d.Type = "qemu"
-		// All that emulation can do, but for five-level paging, with which
-		// each of the emulated page walks takes a step more.
-		d.CPU = &libvirtxml.DomainCPU{Mode: "maximum", Features: []libvirtxml.DomainCPUFeature{{Policy: "disable", Name: "la57"}}}
+		d.CPU = &libvirtxml.DomainCPU{Mode: "maximum"}
 	}
 	switch m.Firmware {
 	case UEFI:

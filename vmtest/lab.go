@@ -152,13 +152,22 @@ func Down(ctx context.Context, stateDir string, purge bool) error {
 		return err
 	}
 	// The record goes last: until then Down can be repeated as it was.
-	leftovers := []string{"run", "var", "etc", "probe.img", "lab.json"}
+	leftovers := []string{"run", "var", "etc", "probe.img", ".lab.json*", "lab.json"}
 	if purge {
 		leftovers = append(leftovers, "console")
 	}
-	for _, name := range leftovers {
-		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+	for _, pattern := range leftovers {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
 			return err
+		}
+		for _, e := range entries {
+			if match, _ := filepath.Match(pattern, e.Name()); !match {
+				continue
+			}
+			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
 		}
 	}
 	if purge {
@@ -265,7 +274,7 @@ func (l *Lab) save() error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(filepath.Join(l.dir, "lab.json"), data, 0o644)
+	return renameio.WriteFile(filepath.Join(l.dir, "lab.json"), data, 0o644, renameio.WithTempDir(l.dir))
 }
 
 // ensureDisks makes the images of the machines' disks, blank and sparse, and

@@ -490,7 +490,7 @@ func TestDownAfterUpWasKilled(t *testing.T) {
 			if got := traces(t, dir, netnsName(dir), ns); len(got) > 0 {
 				t.Errorf("down left %q", got)
 			}
-			if names := listDir(t, dir); len(slices.DeleteFunc(names, func(s string) bool { return s == "console" || strings.HasPrefix(s, ".lab.json") })) > 0 {
+			if names := listDir(t, dir); len(slices.DeleteFunc(names, func(s string) bool { return s == "console" })) > 0 {
 				t.Errorf("the state folder holds %q", names)
 			}
 		})
