@@ -113,6 +113,9 @@ func BuildInitramfs(ctx context.Context, o InitramfsOptions) (*BootSet, error) {
 	if m.Kernel, err = o.Store.putFile(filepath.Join(work.dir, "vmlinuz")); err != nil {
 		return nil, err
 	}
+	if m.Local, err = o.Store.putFile(filepath.Join(work.dir, "local.efi")); err != nil {
+		return nil, err
+	}
 	if m.Initramfs, err = o.Store.put(bytes.NewReader(packed)); err != nil {
 		return nil, err
 	}
@@ -131,7 +134,7 @@ func checkBudget(size int) error {
 }
 
 // initramfsVersion changes when the code that puts an initramfs together does.
-const initramfsVersion = "1"
+const initramfsVersion = "2"
 
 // inputs is a hash over everything that decides how the boot set comes out.
 func (o InitramfsOptions) inputs(image provision.ImageRef, keys []publicKey, key secretKey, commands string) (string, error) {
@@ -283,6 +286,7 @@ func (o InitramfsOptions) extract(ctx context.Context, im *provision.Image, dir 
 	release := im.Kernel
 	for _, request := range []string{
 		fmt.Sprintf("dump /boot/vmlinuz-%s %s", release, debugfsQuote(filepath.Join(dir, "vmlinuz"))),
+		fmt.Sprintf("dump /boot/grub/local.efi %s", debugfsQuote(filepath.Join(dir, "local.efi"))),
 		fmt.Sprintf("rdump /usr/lib/modules/%s %s", release, debugfsQuote(modules)),
 	} {
 		if err := tool(ctx, "debugfs", "-R", request, disk); err != nil {
@@ -290,7 +294,7 @@ func (o InitramfsOptions) extract(ctx context.Context, im *provision.Image, dir 
 		}
 	}
 	// debugfs ends well whatever happens.
-	for _, f := range []string{"vmlinuz", "modules/" + release + "/modules.dep"} {
+	for _, f := range []string{"vmlinuz", "local.efi", "modules/" + release + "/modules.dep"} {
 		if st, err := os.Stat(filepath.Join(dir, f)); err != nil || st.Size() == 0 {
 			return fmt.Errorf("image %s does not hold %s of kernel %s: build it again", o.Image, path.Base(f), release)
 		}
@@ -299,6 +303,20 @@ func (o InitramfsOptions) extract(ctx context.Context, im *provision.Image, dir 
 }
 
 func debugfsQuote(s string) string { return `"` + strings.ReplaceAll(s, `"`, `""`) + `"` }
+
+// Export writes one part of an image to the file to, sparse. Every frame is
+// checked; a file that is there is replaced.
+func (s *Store) Export(ctx context.Context, name, part, to string) error {
+	_, im, err := s.Image(name)
+	if err != nil {
+		return err
+	}
+	p, ok := im.Part(part)
+	if !ok {
+		return fmt.Errorf("image %s has no part %q: it has boot, bios, esp and root", name, part)
+	}
+	return s.unpack(ctx, im, p, to)
+}
 
 // unpack writes one part of an image to a sparse file. Every frame is checked.
 func (s *Store) unpack(ctx context.Context, im *provision.Image, part provision.Part, to string) error {

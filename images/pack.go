@@ -1,6 +1,7 @@
 package images
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -88,17 +89,25 @@ func frames(ctx context.Context, src source, enc *zstd.Encoder, emit func(packed
 		return fmt.Errorf("part %s cannot be read: %w", src.name, err)
 	}
 	defer f.Close()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-
 	// The queue holds one channel for each frame that is being worked on.
 	queue := make(chan chan packedFrame, runtime.GOMAXPROCS(0))
 	var readErr error // set before queue is closed
+	ctx, cancel := context.WithCancel(ctx)
+	defer func() { // nobody works on once we have returned
+		cancel()
+		for slot := range queue {
+			<-slot
+		}
+	}()
 	go func() {
 		defer close(queue)
 		for offset := int64(0); ; offset += provision.FrameSize {
 			raw := make([]byte, provision.FrameSize)
 			n, err := io.ReadFull(f, raw)
+			if ctx.Err() != nil {
+				readErr = ctx.Err()
+				return
+			}
 			if n > 0 {
 				slot := make(chan packedFrame, 1)
 				select {
@@ -136,11 +145,7 @@ func packFrame(enc *zstd.Encoder, offset int64, raw []byte) packedFrame {
 	return p
 }
 
+// allZero compares b with itself, one byte on: bytes.Equal is vectorised.
 func allZero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }

@@ -186,7 +186,7 @@ func makeRoot(ctx context.Context, root, to string) error {
 		return err
 	}
 	// Inode tables and bitmaps come to about one per cent.
-	size := used + used/20 + (journalMiB+64)<<20
+	size := max(used+used/20+(journalMiB+64)<<20, 4*journalMiB<<20)
 	size -= size % (1 << 20)
 	if err := sparse(to, size); err != nil {
 		return err

@@ -29,6 +29,8 @@ type Store struct {
 type BootSet struct {
 	Kernel    provision.Object `json:"kernel"`
 	Initramfs provision.Object `json:"initramfs"`
+	// Local is a UEFI program that starts the loader on the machine's own disk.
+	Local provision.Object `json:"local"`
 	// Release of the kernel as uname -r prints it.
 	Release string `json:"release"`
 }
@@ -126,6 +128,9 @@ func (s *Store) Boot(arch string) (BootSet, error) {
 		return BootSet{}, err
 	}
 	if err := s.complete(m.Initramfs, "initramfs of "+name); err != nil {
+		return BootSet{}, err
+	}
+	if err := s.complete(m.Local, "local loader of "+name); err != nil {
 		return BootSet{}, err
 	}
 	return m.BootSet, nil

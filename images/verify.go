@@ -10,7 +10,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
-	"sync/atomic"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
@@ -30,15 +30,17 @@ func (s *Store) Verify(ctx context.Context, name string, progress func(done, tot
 		if err != nil {
 			return err
 		}
-		total := set.Kernel.Size + set.Initramfs.Size
-		if err := s.verifyObject(ctx, set.Kernel, "kernel of "+name); err != nil {
-			return err
+		total, done := set.Kernel.Size+set.Initramfs.Size+set.Local.Size, int64(0)
+		for _, o := range []struct {
+			provision.Object
+			what string
+		}{{set.Kernel, "kernel"}, {set.Initramfs, "initramfs"}, {set.Local, "local loader"}} {
+			if err := s.verifyObject(ctx, o.Object, o.what+" of "+name); err != nil {
+				return err
+			}
+			done += o.Size
+			progress(done, total)
 		}
-		progress(set.Kernel.Size, total)
-		if err := s.verifyObject(ctx, set.Initramfs, "initramfs of "+name); err != nil {
-			return err
-		}
-		progress(total, total)
 		return nil
 	}
 	_, im, err := s.Image(name)
@@ -90,9 +92,6 @@ func (s *Store) verifyPack(ctx context.Context, im *provision.Image, progress fu
 	}
 	defer dec.Close()
 
-	var done atomic.Int64
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
 	end := int64(0)
 	for _, part := range im.Parts {
 		for _, fr := range part.Frames {
@@ -100,9 +99,18 @@ func (s *Store) verifyPack(ctx context.Context, im *provision.Image, progress fu
 				return fmt.Errorf("manifest of image %s is wrong at part %s offset %d, pack offset %d: build it again", im.Name, part.Name, fr.Offset, fr.At)
 			}
 			end += int64(fr.Packed)
-			if ctx.Err() != nil {
-				break
-			}
+		}
+	}
+	if end != im.Pack.Size {
+		return fmt.Errorf("manifest of image %s covers %d of the %d bytes of object %s: build it again", im.Name, end, im.Pack.Size, im.Pack.Hash)
+	}
+
+	var mu sync.Mutex // progress is told in order
+	var done int64
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, part := range im.Parts {
+		for _, fr := range part.Frames {
 			g.Go(func() error {
 				if err := ctx.Err(); err != nil {
 					return err
@@ -110,18 +118,15 @@ func (s *Store) verifyPack(ctx context.Context, im *provision.Image, progress fu
 				if _, err := readFrame(f, dec, fr); err != nil {
 					return damaged(im, part, fr, err)
 				}
-				progress(done.Add(int64(fr.Packed)), im.Pack.Size)
+				mu.Lock()
+				defer mu.Unlock()
+				done += int64(fr.Packed)
+				progress(done, im.Pack.Size)
 				return nil
 			})
 		}
 	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	if end != im.Pack.Size {
-		return fmt.Errorf("manifest of image %s covers %d of the %d bytes of object %s: build it again", im.Name, end, im.Pack.Size, im.Pack.Hash)
-	}
-	return nil
+	return g.Wait()
 }
 
 func damaged(im *provision.Image, part provision.Part, fr provision.Frame, err error) error {

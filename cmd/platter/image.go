@@ -21,7 +21,7 @@ func imageCmd() *cobra.Command {
 	}
 	dir := cmd.PersistentFlags().String("store", "/var/lib/platter/store", "folder of the image store")
 	open := func() (*images.Store, error) { return images.Open(*dir) }
-	cmd.AddCommand(imageBuildCmd(open), imageInitramfsCmd(open), imageKeygenCmd(open), imageTrustCmd(open), imageListCmd(open), imageVerifyCmd(open))
+	cmd.AddCommand(imageBuildCmd(open), imageInitramfsCmd(open), imageKeygenCmd(open), imageTrustCmd(open), imageListCmd(open), imageVerifyCmd(open), imageExportCmd(open))
 	return cmd
 }
 
@@ -195,6 +195,21 @@ func imageVerifyCmd(open openStore) *cobra.Command {
 				fmt.Fprintf(cmd.OutOrStdout(), "%s: every byte is right\n", name)
 			}
 			return errors.Join(bad...)
+		},
+	}
+}
+
+func imageExportCmd(open openStore) *cobra.Command {
+	return &cobra.Command{
+		Use:   "export NAME PART FILE",
+		Short: "Write one part of an image (root, esp, bios, boot) to a file, to look into it",
+		Args:  cobra.ExactArgs(3),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := open()
+			if err != nil {
+				return err
+			}
+			return s.Export(cmd.Context(), args[0], args[1], args[2])
 		},
 	}
 }
