@@ -91,6 +91,8 @@ func boot(ctx context.Context, sys System, report *client.Reporter) error {
 	report.Facts(Hardware("/"))
 	report.Facts(map[string]string{"drivers_ms": fmt.Sprint(time.Since(start).Milliseconds())})
 
+	// No device asks for this driver, the install will: begin early.
+	go modules.Load("ext4")
 	start = time.Now()
 	node, plan, err := client.Enrol(ctx, cmdline.URL, cmdline.Pin, cmdline.Token, client.WithPatience(10*time.Minute))
 	if err != nil {
@@ -114,13 +116,9 @@ func boot(ctx context.Context, sys System, report *client.Reporter) error {
 	if err != nil {
 		return stopped(report, "keys", err)
 	}
-	// The module that mounts the root file system is named, no device asks for it.
-	if err := modules.Load("ext4"); err != nil {
-		return stopped(report, "drivers", err)
-	}
 	env := Env{
 		Root: "/", Mount: mountDir, Node: node, Report: report, HTTP: objectClient(), Keys: keys, Devices: devices,
-		Machine: Host{}, Prepare: sys.Prepare, Grow: disk.Grow, Executable: selfPath,
+		Machine: Host{}, LoadDriver: modules.Load, Prepare: sys.Prepare, Grow: disk.Grow, Executable: selfPath,
 	}
 	if efi {
 		env.EFI = EFIVars(efivarsDir)

@@ -8,9 +8,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,10 +28,11 @@ type Devices struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced at every event
 	last    time.Time     // of the last event
+	loading int           // devices whose drivers are being loaded
 }
 
-// WatchDevices listens for devices from now on and loads drivers for those
-// that are there already. root is where sys is.
+// WatchDevices listens for devices from now on and begins to load drivers for
+// those that are there already. root is where sys is.
 func WatchDevices(root string, modules *Modules, log func(string, ...any)) (*Devices, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
@@ -42,32 +46,59 @@ func WatchDevices(root string, modules *Modules, log func(string, ...any)) (*Dev
 		return nil, fmt.Errorf("listen for devices: %w", err)
 	}
 	d := &Devices{root: root, modules: modules, log: log, socket: os.NewFile(uintptr(fd), "uevent"), changed: make(chan struct{}), last: time.Now()}
+	done := d.busy()
 	go d.listen()
-	d.walk()
+	go func() {
+		defer done()
+		d.walk()
+	}()
 	return d, nil
 }
 
 // Close stops listening.
 func (d *Devices) Close() error { return d.socket.Close() }
 
-// walk loads drivers for the devices that are there. A driver may make new
-// ones, whose events listen hears.
+// busy says that devices are about to appear, until the function it returns
+// is called.
+func (d *Devices) busy() (done func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.loading++
+	return func() {
+		d.mu.Lock()
+		d.loading--
+		d.mu.Unlock()
+		d.tell()
+	}
+}
+
+// walk loads drivers for the devices that are there, on all processors: most
+// drivers spend their time waiting for their hardware. A driver may make new
+// devices, whose events listen hears.
 func (d *Devices) walk() {
+	var g errgroup.Group
+	g.SetLimit(2 * runtime.GOMAXPROCS(0))
 	filepath.WalkDir(filepath.Join(d.root, "sys/devices"), func(path string, e fs.DirEntry, err error) error {
 		if err == nil && e.Name() == "modalias" {
 			if b, err := os.ReadFile(path); err == nil {
-				d.load(string(bytes.TrimSpace(b)))
+				g.Go(func() error { d.load(string(bytes.TrimSpace(b))); return nil })
 			}
 		}
 		return nil
 	})
-	d.tell()
+	g.Wait()
 }
 
+// opticalDrive is what SCSI devices of type 5 begin with. An install reads
+// nothing from discs: their drivers would only cost time.
+const opticalDrive = "scsi:t-0x05"
+
 func (d *Devices) load(modalias string) {
-	if d.modules == nil || modalias == "" {
+	if d.modules == nil || modalias == "" || strings.HasPrefix(modalias, opticalDrive) {
 		return
 	}
+	done := d.busy()
+	defer done()
 	if err := d.modules.LoadFor(modalias); err != nil {
 		d.log("a driver does not load: %v", err)
 	}
@@ -83,8 +114,8 @@ func (d *Devices) listen() {
 		case err != nil:
 			return
 		default:
-			if modalias, added := parseUevent(b[:n]); added {
-				d.load(modalias)
+			if modalias, added := parseUevent(b[:n]); added && modalias != "" {
+				go d.load(modalias)
 			}
 			d.tell()
 		}
@@ -130,14 +161,18 @@ func (d *Devices) Wait(ctx context.Context, done func() bool) error {
 	}
 }
 
-// Settle returns once no device has appeared for quiet.
+// Settle returns once no driver is being loaded and no device has appeared for
+// quiet.
 func (d *Devices) Settle(ctx context.Context, quiet time.Duration) error {
 	for {
 		d.mu.Lock()
-		left := quiet - time.Since(d.last)
+		left, busy := quiet-time.Since(d.last), d.loading > 0
 		d.mu.Unlock()
-		if left <= 0 {
+		if left <= 0 && !busy {
 			return nil
+		}
+		if busy {
+			left = quiet
 		}
 		t := time.NewTimer(left)
 		select {

@@ -5,8 +5,8 @@
 //	Boot        mounts, drivers, network, clock; then one of the lives:
 //	  installer   Enrol ▸ Run
 //	  inventory   reports the hardware and waits for approval
-//	Run         manifest ▸ disk ▸ partition ▸ write ▸ grow ▸ files ▸ kernel ▸
-//	            seal ▸ boot-entry ▸ finish
+//	Run         manifest ▸ disk ▸ partition ▸ write ▸ grow ▸ files ▸ seal ▸
+//	            boot-entry ▸ finish
 //
 // Every phase may be carried out again: what was done before a power cut is
 // found and kept. Network trouble is waited out; everything else that stops an

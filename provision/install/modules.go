@@ -19,18 +19,19 @@ type Modules struct {
 	dir  string
 	load func(file string) error // finit_module
 
-	mu      sync.Mutex
 	file    map[string]string   // name -> file
 	needs   map[string][]string // name -> files, the first to load last
-	aliases map[string][]alias  // by what is before the first wildcard or colon
-	done    map[string]error    // by file
+	aliases map[string][]alias  // by bus, what is before the colon
+
+	mu   sync.Mutex
+	done map[string]func() error // by file; waits for a load under way
 }
 
 type alias struct{ pattern, module string }
 
 // OpenModules reads the index at dir, /lib/modules/RELEASE.
 func OpenModules(dir string) (*Modules, error) {
-	m := &Modules{dir: dir, load: finitModule, file: map[string]string{}, needs: map[string][]string{}, aliases: map[string][]alias{}, done: map[string]error{}}
+	m := &Modules{dir: dir, load: finitModule, file: map[string]string{}, needs: map[string][]string{}, aliases: map[string][]alias{}, done: map[string]func() error{}}
 	dep, err := os.ReadFile(filepath.Join(dir, "modules.dep"))
 	if err != nil {
 		return nil, fmt.Errorf("index of the drivers: %w", err)
@@ -78,10 +79,9 @@ func (m *Modules) LoadFor(modalias string) error {
 }
 
 // Load loads a module after all that it needs. What is loaded already, or
-// unknown because it is built in, is no error.
+// unknown because it is built in, is no error. Different modules may be loaded
+// at once.
 func (m *Modules) Load(name string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	name = strings.ReplaceAll(name, "-", "_")
 	file, ok := m.file[name]
 	if !ok {
@@ -100,15 +100,19 @@ func (m *Modules) Load(name string) error {
 }
 
 func (m *Modules) once(file string) error {
-	if err, ok := m.done[file]; ok {
-		return err
+	m.mu.Lock()
+	load, ok := m.done[file]
+	if !ok {
+		load = sync.OnceValue(func() error {
+			if err := m.load(filepath.Join(m.dir, file)); !errors.Is(err, unix.EEXIST) {
+				return err
+			}
+			return nil
+		})
+		m.done[file] = load
 	}
-	err := m.load(filepath.Join(m.dir, file))
-	if errors.Is(err, unix.EEXIST) {
-		err = nil
-	}
-	m.done[file] = err
-	return err
+	m.mu.Unlock()
+	return load()
 }
 
 // moduleInitCompressed is MODULE_INIT_COMPRESSED_FILE of the kernel's

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"aead.dev/minisign"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"platter/provision"
@@ -59,6 +60,8 @@ type Env struct {
 	Machine Machine
 	// EFI is nil where the firmware has no boot entries.
 	EFI Variables
+	// LoadDriver loads the driver of a file system; nil: they are there.
+	LoadDriver func(name string) error
 	// Prepare writes the configuration of host and stack below root.
 	Prepare func(root string, plan provision.Plan, sec provision.StackSecrets) error
 	// Grow grows the file system mounted at dir to size bytes: disk.Grow.
@@ -82,7 +85,6 @@ var phases = []phase{
 	{"write", (*job).write},
 	{"grow", (*job).grow},
 	{"files", (*job).files},
-	{"kernel", (*job).kernel},
 	{"seal", (*job).seal},
 	{"boot-entry", (*job).bootEntry},
 	{"finish", (*job).finish},
@@ -191,6 +193,7 @@ func (j *job) close() {
 func (j *job) manifest(ctx context.Context) (err error) {
 	j.image, err = fetchManifest(ctx, j.HTTP, j.plan.Files, j.plan.Image, j.Keys)
 	if err == nil {
+		j.Report.Facts(map[string]string{"image": j.image.Name + " " + j.image.Version})
 		j.Report.Logf("image %s %s (%s), kernel %s, signature good", j.image.Name, j.image.Version, j.plan.Image.Digest[:12], j.image.Kernel)
 	}
 	return err
@@ -202,7 +205,7 @@ const (
 	diskWait = 60 * time.Second
 	// diskQuiet without a new device means that all disks have been seen. A
 	// second match that shows up late would go unnoticed otherwise.
-	diskQuiet = time.Second
+	diskQuiet = 500 * time.Millisecond
 )
 
 func (j *job) selectDisk(ctx context.Context) error {
@@ -275,6 +278,11 @@ func (j *job) grow(context.Context) error {
 	if !ok {
 		return fmt.Errorf("the plan of %s has no partition for the root file system", j.plan.Node)
 	}
+	if j.LoadDriver != nil {
+		if err := j.LoadDriver("ext4"); err != nil {
+			return err
+		}
+	}
 	if j.unmount == nil {
 		if err := os.MkdirAll(j.Mount, 0o700); err != nil {
 			return err
@@ -302,6 +310,7 @@ func (j *job) contents() Files {
 	return f
 }
 
+// files makes the image this node and, meanwhile, loads its kernel.
 func (j *job) files(ctx context.Context) error {
 	sec, err := j.Node.Secrets(ctx)
 	if client.Retryable(err) {
@@ -310,16 +319,23 @@ func (j *job) files(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := j.contents().Write(j.Mount); err != nil {
-		return err
-	}
-	return j.Prepare(j.Mount, j.plan, sec)
+	// Loading the kernel takes as long as all files together: its signature and
+	// digests are checked.
+	var g errgroup.Group
+	g.Go(j.kernel)
+	g.Go(func() error {
+		if err := j.contents().Write(j.Mount); err != nil {
+			return err
+		}
+		return j.Prepare(j.Mount, j.plan, sec)
+	})
+	return g.Wait()
 }
 
 // kernel loads the installed kernel while its file system is at hand. A
 // machine that cannot do that goes through its firmware.
-func (j *job) kernel(context.Context) error {
-	if j.plan.Finish != provision.FinishKexec {
+func (j *job) kernel() error {
+	if j.plan.Finish != provision.FinishKexec || j.kexec {
 		return nil
 	}
 	kernel, err1 := within(j.Mount, "vmlinuz")
