@@ -63,21 +63,22 @@ demo-down: ## take the demo away
 	vmtest/demo/run.sh down
 
 .PHONY: test
-test: lint unit image integration e2e ## everything that CI runs
+test: lint unit image slow e2e ## everything that CI runs
 
 .PHONY: lint
 lint: build
 	@bad=$$(gofmt -l cmd provision pxe hostprep images vmtest); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
-	$(GO) vet ./... && $(GO) vet -tags e2e,integration,bench ./...
-	$(GO) run $(STATICCHECK) -tags e2e,integration,bench ./...
+	$(GO) vet ./... && $(GO) vet -tags e2e,slow,bench ./...
+	$(GO) run $(STATICCHECK) -tags e2e,slow,bench ./...
 
 .PHONY: unit
 unit: deps ## unit tests and fuzz seeds, with the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./...
 
-.PHONY: integration
-integration: image ## tests that need the built image: real ejabberd clusters in namespaces
-	$(GO) test -tags integration -timeout 20m -v -run Integration ./provision/...
+.PHONY: slow
+slow: image ## tests that need the built image: real ejabberd clusters in namespaces
+	bin/platter image export debian-13 root build/image/root.ext4 --store $(STORE)
+	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
 
 .PHONY: e2e
 e2e: image ## racks of VMs from power-on to a chat message

@@ -18,6 +18,9 @@ type BootRequest struct {
 	// Again is the URL that the script asks when something failed: the same
 	// request once more, so that a changed decision takes effect.
 	Again string
+	// LocalLoader is the URL of a UEFI program that starts the machine's own
+	// disk; empty: there is none.
+	LocalLoader string
 }
 
 // ScriptURL is where iPXE on a machine gets its boot script. server is the
@@ -64,7 +67,7 @@ func (r BootRequest) Inventory(why, kernel, initramfs string, cmdline []string) 
 func (r BootRequest) Local(why string) string {
 	var s script
 	s.say(why)
-	s.local(r.Platform)
+	s.local(r)
 	return s.String()
 }
 
@@ -74,7 +77,7 @@ func (r BootRequest) Explain(text string) string {
 	var s script
 	s.say(text)
 	s.line("sleep 30 ||")
-	s.local(r.Platform)
+	s.local(r)
 	return s.String()
 }
 
@@ -124,12 +127,16 @@ func (s *script) again(url string) {
 //
 // A BIOS's boot order may have the network first for ever, so under BIOS the
 // first disk is started directly; exit hands back to the firmware, which goes
-// on to its next device. Under UEFI a boot entry that returns success ends in
-// the firmware's menu (UEFI specification 2.10, 3.1.2), one that returns an
-// error lets it go on with the next entry: hence exit 1.
-func (s *script) local(platform string) {
-	if platform != "efi" {
+// on to its next device. Under UEFI iPXE cannot start a disk, so it fetches a
+// loader that can. Where that fails the firmware goes on: a boot entry that
+// returns success ends in its menu (UEFI specification 2.10, 3.1.2), one that
+// returns an error lets it try the next entry, hence exit 1.
+func (s *script) local(r BootRequest) {
+	switch {
+	case r.Platform != "efi":
 		s.line("sanboot --no-describe --drive 0x80 ||")
+	case r.LocalLoader != "":
+		s.line("chain " + word(r.LocalLoader) + " ||")
 	}
 	s.line("exit 1")
 }

@@ -33,6 +33,11 @@ chain --replace --autofree http://10.1.2.1/boot.ipxe?mac=52:54:00:12:34:56&platf
 	if got := testRequest.Local("n1 is installed"); got != "#!ipxe\necho Platter: n1 is installed\nexit 1\n" {
 		t.Errorf("local, UEFI:\n%s", got)
 	}
+	efi := testRequest
+	efi.LocalLoader = "http://10.1.2.1/objects/cc"
+	if got := efi.Local("n1 is installed"); got != "#!ipxe\necho Platter: n1 is installed\nchain http://10.1.2.1/objects/cc ||\nexit 1\n" {
+		t.Errorf("local, UEFI, with a loader:\n%s", got)
+	}
 	bios := testRequest
 	bios.Platform = "pcbios"
 	if got := bios.Local("n1 is installed"); got != "#!ipxe\necho Platter: n1 is installed\nsanboot --no-describe --drive 0x80 ||\nexit 1\n" {

@@ -76,7 +76,8 @@ func (f *fakeImages) Boot(arch string) (images.BootSet, error) {
 	if arch != "amd64" {
 		return images.BootSet{}, fmt.Errorf("there is no initramfs for %s", arch)
 	}
-	return images.BootSet{Kernel: provision.Object{Hash: strings.Repeat("01", 32)}, Initramfs: provision.Object{Hash: strings.Repeat("02", 32)}}, nil
+	return images.BootSet{Kernel: provision.Object{Hash: strings.Repeat("01", 32)}, Initramfs: provision.Object{Hash: strings.Repeat("02", 32)},
+		Local: provision.Object{Hash: strings.Repeat("03", 32)}}, nil
 }
 
 // lab is a disc host that can be stopped and started on the same state: real

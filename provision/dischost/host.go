@@ -124,6 +124,10 @@ func (h *Host) BootScript(ctx context.Context, req pxe.BootRequest) string {
 		// Its own disk is never wrong: only the journal is poorer.
 		h.Log.Error("boot request not journaled", "node", st.Name, "err", err)
 	}
+	// Without the loader the firmware finds its own way, only slower.
+	if set, err := h.Images.Boot(imageArch(req.Arch)); err == nil {
+		req.LocalLoader = "http://" + req.DiscHost.String() + "/objects/" + set.Local.Hash
+	}
 	if decision.Action == provision.ActionLocal {
 		return req.Local(decision.Why)
 	}

@@ -5,8 +5,6 @@ package stack
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -25,7 +23,8 @@ import (
 
 // These tests run real ejabberd nodes from a root of the OS image, each in a
 // network namespace of its own on a bridge without a way out. They need root,
-// overlayfs and PLATTER_TEST_ROOT, the path of a tar of the image's root.
+// overlayfs and PLATTER_TEST_ROOT: the root file system that
+// 'platter image export' writes.
 
 const testDomain = "im.test"
 
@@ -33,7 +32,7 @@ const testDomain = "im.test"
 type lab struct {
 	t     *testing.T
 	dir   string
-	base  string // the unpacked root, shared and never written
+	base  string // the mounted root, shared and never written
 	bed   string // namespace of the bridge: where users and the disc host are
 	sec   provision.StackSecrets
 	nodes []*testNode
@@ -41,7 +40,7 @@ type lab struct {
 
 func newLab(t *testing.T, names ...string) *lab {
 	t.Helper()
-	l := &lab{t: t, dir: t.TempDir(), base: unpackedRoot(t), bed: unique("pt-"), sec: testSecrets(t)}
+	l := &lab{t: t, dir: t.TempDir(), base: mountedRoot(t), bed: unique("pt-"), sec: testSecrets(t)}
 	l.run("ip", "netns", "add", l.bed)
 	t.Cleanup(func() { l.run("ip", "netns", "del", l.bed) })
 	l.run("ip", "-n", l.bed, "link", "add", "br0", "type", "bridge")
@@ -274,38 +273,22 @@ func (q quiet) Phase(name string, n, of int)    { q.t.Logf("[%d/%d] %s", n, of, 
 func (q quiet) Logf(format string, args ...any) { q.t.Logf(format, args...) }
 func (q quiet) Facts(facts map[string]string)   { q.t.Logf("%v", facts) }
 
-// unpackedRoot unpacks PLATTER_TEST_ROOT once; later runs use it again.
-func unpackedRoot(t *testing.T) string {
+// mountedRoot mounts PLATTER_TEST_ROOT, read-only, until the test is over.
+func mountedRoot(t *testing.T) string {
 	t.Helper()
-	tar := os.Getenv("PLATTER_TEST_ROOT")
-	if tar == "" {
-		t.Fatal("PLATTER_TEST_ROOT is not set: these tests need the path of a tar of the OS image's root; run them with 'make test'")
+	file := os.Getenv("PLATTER_TEST_ROOT")
+	if file == "" {
+		t.Fatal("PLATTER_TEST_ROOT is not set: these tests need the OS image's root file system; run them with 'make slow'")
 	}
-	st, err := os.Stat(tar)
-	if err != nil {
-		t.Fatal(err)
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "ro,loop,noload", file, dir).CombinedOutput(); err != nil {
+		t.Fatalf("mounting %s: %v\n%s", file, err, out)
 	}
-	key := sha256.Sum256(fmt.Appendf(nil, "%s %d %s", tar, st.Size(), st.ModTime()))
-	dir := filepath.Join(os.TempDir(), "platter-test-root-"+hex.EncodeToString(key[:6]))
-	if _, err := os.Stat(dir); err == nil {
-		return dir
-	}
-	part, err := os.MkdirTemp(os.TempDir(), "platter-test-root-part-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(part)
-	if out, err := exec.Command("tar", "-xpf", tar, "-C", part, "--exclude=./dev/*", "--exclude=./boot/*", "--exclude=./usr/lib/modules/*").CombinedOutput(); err != nil {
-		t.Fatalf("unpacking %s: %v\n%s", tar, err, out)
-	}
-	if err := os.Chmod(part, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(part, dir); err != nil {
-		if _, err2 := os.Stat(dir); err2 != nil { // not another run's either
-			t.Fatal(err)
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("unmounting %s: %v\n%s", file, err, out)
 		}
-	}
+	})
 	return dir
 }
 
