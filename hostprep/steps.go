@@ -33,7 +33,7 @@ func Steps(spec provision.HostSpec, s *Systemd) []Step {
 			{"ssh.service", "sshd.service", "ssh.socket"},
 		}),
 		bridges(Bridges(spec), command),
-		virt("/run/libvirt/libvirt-sock"),
+		virt("/run/libvirt/libvirt-sock", func(ctx context.Context) error { return startFirst(ctx, s, "libvirtd.service", "virtqemud.service") }),
 	}
 }
 
@@ -163,11 +163,12 @@ func bridges(want []provision.Bridge, run runner) Step {
 	}
 }
 
-// virt: libvirt answers at its socket.
-func virt(socket string) Step {
+// virt: libvirt answers at its socket. start starts it and waits until it has.
+func virt(socket string, start func(context.Context) error) Step {
 	return Step{
-		Name: "libvirt",
-		Next: "Look at 'journalctl -u libvirtd' on the node",
+		Name:  "libvirt",
+		Apply: start,
+		Next:  "Look at 'journalctl -u libvirtd' on the node",
 		Check: func(ctx context.Context) (Finding, error) {
 			f := Finding{Want: "an answer", Why: "it runs the VMs"}
 			// A daemon that the socket starts first may take a while on a
@@ -209,6 +210,9 @@ var orderFiles = map[string]string{
 [Unit]
 Wants=openvswitch-switch.service
 After=openvswitch-switch.service ovs-vswitchd.service ovsdb-server.service
+[Service]
+# It asks every emulator what it can do: a slow machine needs minutes.
+TimeoutStartSec=15min
 `,
 	"etc/systemd/system/libvirt-guests.service.d/platter.conf": `# Written by Platter.
 [Unit]

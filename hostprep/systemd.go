@@ -134,3 +134,17 @@ func services(s *Systemd, groups [][]string) Step {
 		},
 	}
 }
+
+// startFirst starts the first of the units that is installed.
+func startFirst(ctx context.Context, s *Systemd, names ...string) error {
+	for _, name := range names {
+		load, _, err := s.Unit(name).state(ctx)
+		if err != nil {
+			return err
+		}
+		if load == "loaded" {
+			return s.Unit(name).Start(ctx)
+		}
+	}
+	return fmt.Errorf("%s is not installed", strings.Join(names, " or "))
+}
