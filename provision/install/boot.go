@@ -210,8 +210,13 @@ func network(ctx context.Context, c Cmdline, devices *Devices, report *client.Re
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return fmt.Errorf("no network card with address %s has appeared within %s: its driver may be missing from the initramfs, which has found %v",
-			c.MAC, nicWait, Hardware("/"))
+		var cards []string
+		for k, v := range Hardware("/") {
+			if name, ok := strings.CutPrefix(k, "nic."); ok {
+				cards = append(cards, name+" "+v)
+			}
+		}
+		return fmt.Errorf("no network card with address %s has appeared within %s, only %q: look for its driver in the initramfs", c.MAC, nicWait, cards)
 	}
 	report.Logf("network: %s (%s) with %s", name, c.MAC, c.Addr)
 	return configure(ctx, name, c.Addr)
