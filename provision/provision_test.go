@@ -48,6 +48,10 @@ func TestAnInstallFromGrantToReady(t *testing.T) {
 	if s.Stage != StageReady || s.ReadyAt.IsZero() || s.Facts["kernel"] != "6.12" {
 		t.Errorf("ready: %+v", s)
 	}
+	lost := fold(State{Name: "node1", Known: true}, Event{Kind: EventGrant, Generation: 1}, report(1, Report{Stage: StageInstalling}), report(1, Report{Stage: StagePreparing}))
+	if lost.GrantOpen || lost.Installed != 1 || lost.InstalledAt.IsZero() {
+		t.Errorf("the report of the end of the install was lost, and the agent's does not make up for it: %+v", lost)
+	}
 	s = fold(s, Event{Kind: EventGrant, Generation: 2})
 	if !s.GrantOpen || !s.ReadyAt.IsZero() {
 		t.Errorf("granted again: %+v", s)
@@ -97,11 +101,12 @@ func TestNothingInstallsWithoutAGrant(t *testing.T) {
 			case EventBoot:
 				e.Action = rapid.SampledFrom([]Action{ActionInstall, ActionLocal, ActionInventory, ActionExplain}).Draw(t, "action")
 			case EventReport:
-				r := Report{Stage: rapid.SampledFrom([]Stage{"", StageInstalling, StageInstalled, StageProbing, StageReady}).Draw(t, "stage")}
+				r := Report{Stage: rapid.SampledFrom([]Stage{"", StageInstalling, StageInstalled, StagePreparing, StageProbing}).Draw(t, "stage")}
 				if rapid.Bool().Draw(t, "fails") {
 					r.Failure = &Failure{Code: "c", Closed: rapid.Bool().Draw(t, "closed")}
 				}
-				if gen == s.Generation && (r.Stage == StageInstalled && s.Stage != StageInstalled || r.Failure != nil && r.Failure.Closed) {
+				past := r.Stage == StageInstalled || r.Stage == StagePreparing || r.Stage == StageProbing
+				if gen == s.Generation && (past || r.Failure != nil && r.Failure.Closed) {
 					due = false
 				}
 				e.Report = &r

@@ -127,11 +127,14 @@ func (s State) applyReport(e Event) State {
 	if r.Stage != "" && r.Stage != s.Stage {
 		s.Stage, s.Failure = r.Stage, nil
 		s.clearPhase()
-		if r.Stage == StageInstalled {
-			s.Installed, s.GrantOpen = e.Generation, false
-			if s.InstalledAt.IsZero() {
-				s.InstalledAt = e.Time
-			}
+	}
+	switch r.Stage {
+	case StageInstalled, StagePreparing, StageJoining, StageProbing:
+		// A node that is past its install has been installed, also when the
+		// report that said so was lost: the grant closes.
+		s.Installed, s.GrantOpen = e.Generation, false
+		if s.InstalledAt.IsZero() {
+			s.InstalledAt = e.Time
 		}
 	}
 	if r.Phase != "" && r.Phase != s.Phase {
