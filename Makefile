@@ -16,32 +16,36 @@ PACKAGES := curl e2fsprogs dosfstools mtools fdisk gdisk zstd xz-utils iproute2 
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu \
 	dnsmasq-base kea-admin atftp tcpdump chromium netbase gcc libc6-dev
 
-GO_FILES := $(shell find cmd provision pxe images hostprep vmtest -name '*.go' -o -path '*/testdata' -prune -o -type f -name '*.html' -o -type f -name '*.js' -o -type f -name '*.css' 2>/dev/null)
+# Everything that goes into the programs, embedded files too.
+SOURCES := $(shell find cmd provision pxe images hostprep vmtest -type f ! -name '*_test.go' ! -path '*/testdata/*' ! -path 'vmtest/demo/*')
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .PHONY: deps
 deps: build/.deps ## install the Debian packages that building and testing use (root)
 
 build/.deps: Makefile
 	@mkdir -p build
-	@missing=; for p in $(PACKAGES); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; done; \
+	@$(call install,$(PACKAGES))
+	@touch $@
+
+# install installs those of the packages $(1) that are missing.
+install = missing=; for p in $(1); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		echo "installing:$$missing"; \
 		export DEBIAN_FRONTEND=noninteractive; \
 		apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; \
 	fi
-	@touch $@
 
 .PHONY: build
 build: bin/platter bin/platter-node ## build bin/platter and bin/platter-node
 
-bin/platter: $(GO_FILES) go.mod go.sum
+bin/platter: $(SOURCES) go.mod go.sum
 	$(GO) build -trimpath -o $@ ./cmd/platter
 
-bin/platter-node: $(GO_FILES) go.mod go.sum
+bin/platter-node: $(SOURCES) go.mod go.sum
 	$(GO) build -trimpath -ldflags='-s -w' -o $@ ./cmd/platter-node
 
 $(KEY): bin/platter
@@ -66,7 +70,7 @@ demo-down: ## take the demo away
 test: lint unit image slow e2e ## everything that CI runs
 
 .PHONY: lint
-lint: build
+lint: build ## gofmt, vet, staticcheck
 	@bad=$$(gofmt -l cmd provision pxe hostprep images vmtest); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
 	$(GO) vet ./... && $(GO) vet -tags e2e,slow,bench ./...
 	$(GO) run $(STATICCHECK) -tags e2e,slow,bench ./...
@@ -86,7 +90,7 @@ e2e: image ## racks of VMs from power-on to a chat message
 
 .PHONY: bench
 bench: image ## one node from power-on to ready beside an unverified floor, phase by phase
-	@command -v kexec cpio busybox >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends kexec-tools cpio busybox-static
+	@$(call install,kexec-tools cpio busybox-static)
 	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
 
 .PHONY: clean
