@@ -14,6 +14,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"platter/hostprep"
 	"platter/provision"
 	"platter/provision/agent"
 	"platter/provision/client"
@@ -43,7 +44,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	case "agent":
 		return agent.Run(ctx, agent.Config{Log: stderr})
 	case "boot":
-		return install.Boot(ctx, install.System{Console: stdout, Prepare: stack.Prepare})
+		return install.Boot(ctx, install.System{Console: stdout, Prepare: prepare})
 	case "install":
 		return installByHand(ctx, args[2:], stdout, stderr)
 	case "version":
@@ -114,7 +115,7 @@ func installByHand(ctx context.Context, args []string, stdout, stderr io.Writer)
 	return install.Run(ctx, install.Env{
 		Root: "/", Target: *target, Mount: mount, Node: n, Report: unheard{client.NewReporter(stdout)}, Keys: trusted,
 		HTTP:    &http.Client{Transport: &http.Transport{DialContext: (&net.Dialer{Timeout: 10 * time.Second}).DialContext}},
-		Machine: stays{}, Prepare: stack.Prepare, Grow: disk.Grow, Executable: self,
+		Machine: stays{}, Prepare: prepare, Grow: disk.Grow, Executable: self,
 	}, p)
 }
 
@@ -152,3 +153,11 @@ func (stays) LoadKernel(string, string, string) error {
 }
 
 func (stays) Leave(bool) error { return nil }
+
+// prepare lays down what host and stack need from their first boot on.
+func prepare(root string, plan provision.Plan, sec provision.StackSecrets) error {
+	if err := hostprep.Prepare(root); err != nil {
+		return err
+	}
+	return stack.Prepare(root, plan, sec)
+}
