@@ -260,7 +260,8 @@ func TestRecipe(t *testing.T) {
 	if err := copyTree(r.files, ".", dir); err != nil {
 		t.Fatal(err)
 	}
-	for _, script := range []string{"finish", "overlay/etc/initramfs-tools/hooks/platter"} {
+	initramfs := "overlay/etc/initramfs-tools/"
+	for _, script := range []string{"finish", initramfs + "hooks/platter", initramfs + "scripts/init-top/udev", initramfs + "scripts/init-bottom/udev", initramfs + "scripts/local-block/platter"} {
 		run(t, "sh", "-n", filepath.Join(dir, script))
 		if st, err := os.Stat(filepath.Join(dir, script)); err != nil || st.Mode()&0o111 == 0 {
 			t.Errorf("%s is not executable: %v", script, err)

@@ -3,7 +3,8 @@ package images
 import (
 	"bytes"
 	"fmt"
-	"sort"
+	"maps"
+	"slices"
 	"strings"
 )
 
@@ -49,7 +50,7 @@ func parseLock(text []byte) (map[string]string, error) {
 func formatLock(name string, lock map[string]string) []byte {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "# Exact package versions of the image %s. 'platter image build' keeps to them;\n# 'platter image build --update' moves to the newest and rewrites this file.\n", name)
-	for _, p := range sortedKeys(lock) {
+	for _, p := range slices.Sorted(maps.Keys(lock)) {
 		fmt.Fprintf(&b, "%s %s\n", p, lock[p])
 	}
 	return b.Bytes()
@@ -60,7 +61,7 @@ func formatLock(name string, lock map[string]string) []byte {
 // and apt takes the current one.
 func pins(lock map[string]string) []byte {
 	var b bytes.Buffer
-	for _, p := range sortedKeys(lock) {
+	for _, p := range slices.Sorted(maps.Keys(lock)) {
 		fmt.Fprintf(&b, "Package: %s\nPin: version %s\nPin-Priority: 1001\n\n", p, lock[p])
 	}
 	return b.Bytes()
@@ -79,15 +80,6 @@ func compareLock(lock, built map[string]string) []Change {
 			changes = append(changes, Change{p, v, ""})
 		}
 	}
-	sort.Slice(changes, func(i, j int) bool { return changes[i].Package < changes[j].Package })
+	slices.SortFunc(changes, func(a, b Change) int { return strings.Compare(a.Package, b.Package) })
 	return changes
-}
-
-func sortedKeys(m map[string]string) []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	sort.Strings(keys)
-	return keys
 }

@@ -4,10 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
-	"sort"
+	"slices"
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
@@ -113,10 +114,8 @@ func (t *moduleTree) closure(wanted []string) (map[string][]string, error) {
 		if _, ok := done[name]; ok {
 			return nil
 		}
-		for _, above := range trail {
-			if above == name {
-				return nil // a soft dependency may run in a circle
-			}
+		if slices.Contains(trail, name) {
+			return nil // a soft dependency may run in a circle
 		}
 		if _, ok := t.file[name]; !ok {
 			return fmt.Errorf("module %s needs %s, which is missing", strings.Join(trail, " needs "), name)
@@ -124,12 +123,13 @@ func (t *moduleTree) closure(wanted []string) (map[string][]string, error) {
 		var before []string
 		add := func(names ...string) {
 			for _, n := range names {
-				if n != name && !contains(before, n) {
+				if n != name && !slices.Contains(before, n) {
 					before = append(before, n)
 				}
 			}
 		}
-		direct := reversed(t.needs[name]) // depmod puts what is loaded first last
+		direct := slices.Clone(t.needs[name])
+		slices.Reverse(direct) // depmod puts what is loaded first last
 		for _, s := range t.soft[name] {
 			if m, ok := t.resolve(s); ok {
 				direct = append(direct, m)
@@ -168,15 +168,10 @@ func (t *moduleTree) plainFile(name string) string {
 
 // index makes modules.dep and modules.alias for the modules of a closure.
 func (t *moduleTree) index(closure map[string][]string) (dep, alias []byte) {
-	names := make([]string, 0, len(closure))
-	for name := range closure {
-		names = append(names, name)
-	}
-	sort.Strings(names)
 	var d, a bytes.Buffer
-	for _, name := range names {
+	for _, name := range slices.Sorted(maps.Keys(closure)) {
 		fmt.Fprintf(&d, "%s:", t.plainFile(name))
-		for _, n := range reversed(closure[name]) {
+		for _, n := range slices.Backward(closure[name]) {
 			fmt.Fprintf(&d, " %s", t.plainFile(n))
 		}
 		fmt.Fprintln(&d)
@@ -218,21 +213,4 @@ func unpackModule(file string) ([]byte, error) {
 		return nil, fmt.Errorf("module %s: %w", file, err)
 	}
 	return b, nil
-}
-
-func contains(list []string, s string) bool {
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
-}
-
-func reversed(list []string) []string {
-	out := make([]string, 0, len(list))
-	for i := len(list) - 1; i >= 0; i-- {
-		out = append(out, list[i])
-	}
-	return out
 }
