@@ -10,11 +10,13 @@ STORE       := build/store
 KEY         := build/keys/image.key
 export CGO_ENABLED = 0
 
-# What the disc host, the image build and the tests use, as Debian packages.
-PACKAGES := curl e2fsprogs dosfstools mtools fdisk gdisk zstd xz-utils iproute2 openssh-client \
+# Debian packages: what the disc host, the image build and the lab use, what the
+# tests use as peers and judges, and what the bench's floor is made of.
+PACKAGES := curl e2fsprogs dosfstools mtools zstd xz-utils iproute2 openssh-client netbase \
 	ipxe mmdebstrap debian-archive-keyring arch-test \
-	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu \
-	dnsmasq-base kea-admin atftp tcpdump chromium netbase gcc libc6-dev
+	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
+TEST_PACKAGES := fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium gcc libc6-dev
+BENCH_PACKAGES := kexec-tools cpio busybox-static
 
 # Everything that goes into the programs, embedded files too.
 SOURCES := $(shell find cmd provision pxe images hostprep vmtest -type f ! -name '*_test.go' ! -path '*/testdata/*' ! -path 'vmtest/demo/*')
@@ -24,11 +26,15 @@ help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .PHONY: deps
-deps: build/.deps ## install the Debian packages that building and testing use (root)
+deps: build/.deps ## install the Debian packages that building and the demo use (root)
 
 build/.deps: Makefile
 	@mkdir -p build
 	@$(call install,$(PACKAGES))
+	@touch $@
+
+build/.test-deps: Makefile build/.deps
+	@$(call install,$(TEST_PACKAGES))
 	@touch $@
 
 # install installs those of the packages $(1) that are missing.
@@ -76,21 +82,21 @@ lint: build ## gofmt, vet, staticcheck
 	$(GO) run $(STATICCHECK) -tags e2e,slow,bench ./...
 
 .PHONY: unit
-unit: deps ## unit tests and fuzz seeds, with the race detector
+unit: build/.test-deps ## unit tests and fuzz seeds, with the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./...
 
 .PHONY: slow
-slow: image ## tests that need the built image: real ejabberd clusters in namespaces
+slow: image build/.test-deps ## tests that need the built image: real ejabberd clusters in namespaces
 	bin/platter image export debian-13 root build/image/root.ext4 --store $(STORE)
 	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
 
 .PHONY: e2e
-e2e: image ## racks of VMs from power-on to a chat message
+e2e: image build/.test-deps ## racks of VMs from power-on to a chat message
 	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe' ./vmtest
 
 .PHONY: bench
 bench: image ## one node from power-on to ready beside an unverified floor, phase by phase
-	@$(call install,kexec-tools cpio busybox-static)
+	@$(call install,$(BENCH_PACKAGES))
 	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
 
 .PHONY: clean
