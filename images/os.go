@@ -255,7 +255,7 @@ func (o BuildOptions) debootstrap(ctx context.Context, work *scratch, r recipe, 
 	fmt.Fprintf(o.Out, "building Debian %s with %d named packages, %d of them locked (log: %s)\n", o.Suite, len(packages), len(lock), logFile)
 	if err := work.run(cmd); err != nil {
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return fmt.Errorf("the build of image %s was interrupted, the store is as it was: %w", o.Name, ctx.Err())
 		}
 		return fmt.Errorf("mmdebstrap failed, %s says why, its last lines are:\n%s\n%w", logFile, strings.Join(steps.last, "\n"), err)
 	}
