@@ -96,3 +96,22 @@ func TestCommandsWithoutADiscHost(t *testing.T) {
 		t.Errorf("node ls -o xml: exit %d, %q", code, errs.String())
 	}
 }
+
+// On a terminal each redraw starts where the last one did: no line wraps.
+func TestLiveDrawingFitsTheTerminal(t *testing.T) {
+	var out bytes.Buffer
+	w := watch{out: &out, live: true, width: func() int { return 40 }, now: func() time.Time { return t0 }, nodes: map[string]provision.State{}}
+	w.update(provision.State{Name: "node1", Known: true, Stage: provision.StageFailed,
+		Failure: &provision.Failure{Code: "disk-none", Message: strings.Repeat("a long sentence ", 20), Next: "x"}})
+	w.update(provision.State{Name: "node2", Known: true, Stage: provision.StageOff})
+	w.draw()
+	first := strings.Split(strings.ReplaceAll(out.String(), "\x1b[2K", ""), "\n")
+	if len(first) != 3 || len(first[0]) != 40 {
+		t.Errorf("drawn: %q", first)
+	}
+	out.Reset()
+	w.draw()
+	if !strings.HasPrefix(out.String(), "\x1b[2A") {
+		t.Errorf("the second drawing begins with %q", out.String()[:8])
+	}
+}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"platter/provision"
 	"platter/provision/client"
@@ -39,6 +40,12 @@ failed or when nothing at all has moved for --stall.`,
 		w := watch{out: c.OutOrStdout(), untilReady: *until != "", stall: *stall, now: time.Now}
 		if f, ok := w.out.(*os.File); ok {
 			w.live = isatty.IsTerminal(f.Fd())
+			w.width = func() int {
+				if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 0 {
+					return int(size.Col)
+				}
+				return 80
+			}
 		}
 		if *since != "" {
 			t, err := time.Parse(time.RFC3339, *since)
@@ -57,6 +64,7 @@ failed or when nothing at all has moved for --stall.`,
 type watch struct {
 	out        io.Writer
 	live       bool
+	width      func() int // live: columns of the terminal; it may be resized
 	untilReady bool
 	stall      time.Duration
 	since      time.Time
@@ -182,7 +190,9 @@ func (w *watch) draw() {
 			fmt.Fprintf(&b, "\x1b[%dA", w.drawn)
 		}
 		for _, name := range w.order {
-			fmt.Fprintf(&b, "\x1b[2K%s\n", progressLine(w.nodes[name], w.since, w.now()))
+			// A line that wraps would make the next redraw start too low.
+			line := []rune(progressLine(w.nodes[name], w.since, w.now()))
+			fmt.Fprintf(&b, "\x1b[2K%s\n", string(line[:min(len(line), w.width())]))
 		}
 		b.WriteString("\x1b[J") // lines of nodes that are no longer listed
 		w.drawn = len(w.order)
