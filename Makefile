@@ -13,7 +13,7 @@ export CGO_ENABLED = 0
 # Debian packages: what the disc host, the image build and the lab use, what the
 # tests use as peers and judges, and what the bench's floor is made of.
 PACKAGES := curl e2fsprogs dosfstools mtools zstd xz-utils iproute2 openssh-client netbase \
-	ipxe mmdebstrap debian-archive-keyring arch-test \
+	ipxe mmdebstrap debian-archive-keyring gpg arch-test \
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
 TEST_PACKAGES := fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium gcc libc6-dev
 BENCH_PACKAGES := kexec-tools cpio busybox-static
