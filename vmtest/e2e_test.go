@@ -127,7 +127,10 @@ func TestRack(t *testing.T) {
 			installs := count(r.events(name), isInstallBoot)
 			r.power("off", name)
 			r.power("on", name)
-			r.await(name+" boots", func(s map[string]provision.State) bool { return s[name].Stage != provision.StageReady })
+			r.await(name+" boots", func(s map[string]provision.State) bool {
+				n, ok := s[name] // the stream tells the states one by one
+				return ok && n.Stage != provision.StageReady
+			})
 			s := r.await(name+" is ready again", both(provision.StageReady))[name]
 			if n := count(r.events(name), isInstallBoot); n != installs {
 				t.Errorf("it was given the installer %d more times", n-installs)
