@@ -121,6 +121,7 @@ func TestRack(t *testing.T) {
 			t.Error("both nodes have the machine-id", a)
 		}
 	})
+	key := r.ssh("10.77.0.12", "cat /etc/ssh/ssh_host_ed25519_key.pub")
 	// cut pulls a node's plug, switches it on and returns once its own system
 	// speaks again.
 	cut := func(t *testing.T, name string) {
@@ -144,7 +145,6 @@ func TestRack(t *testing.T) {
 	})
 	t.Run("and under UEFI, which takes another way to it", func(t *testing.T) { cut(t, "node2") })
 	t.Run("a reinstalled node rejoins under its name", func(t *testing.T) {
-		key := r.ssh("10.77.0.12", "cat /etc/ssh/ssh_host_ed25519_key.pub")
 		r.node("reinstall", "node2")
 		r.power("cycle", "node2")
 		s := r.await("node2 is ready again", func(s map[string]provision.State) bool {
