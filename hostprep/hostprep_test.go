@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -32,31 +33,33 @@ func (h *heard) Facts(facts map[string]string) { h.facts = facts }
 type part struct {
 	wrong, applied, checked int
 	checkErr, applyErr      error
+	boot                    bool // in effect only after a boot
 }
 
 func (p *part) step(name string) Step {
 	return Step{Name: name, Next: "Fix " + name,
-		Check: func(context.Context) (Finding, error) {
+		Check: func(context.Context) ([]Finding, error) {
 			p.checked++
 			if p.applied > 0 {
-				return Finding{OK: p.applied >= p.wrong, Is: "new", Want: "good"}, nil
+				return []Finding{{What: name, OK: p.applied >= p.wrong && !p.boot, Is: "new", Want: "good", Boot: p.boot}}, nil
 			}
-			return Finding{OK: p.wrong == 0, Is: "old", Want: "good"}, p.checkErr
+			return []Finding{{What: name, OK: p.wrong == 0, Is: "old", Want: "good"}}, p.checkErr
 		},
-		Apply: func(context.Context) error { p.applied++; return p.applyErr },
+		Apply: func(context.Context, *Journal) error { p.applied++; return p.applyErr },
 	}
 }
 
-func TestRun(t *testing.T) {
+func TestApply(t *testing.T) {
 	right, heals, away := &part{}, &part{wrong: 1}, &part{wrong: 1, checkErr: errors.New("not running")}
 	stays, breaks := &part{wrong: 9}, &part{wrong: 1, applyErr: errors.New("no space left")}
-	steps := []Step{right.step("right"), heals.step("heals"), away.step("away"), stays.step("stays"), breaks.step("breaks")}
+	later := &part{wrong: 1, boot: true}
+	steps := []Step{right.step("right"), heals.step("heals"), away.step("away"), later.step("later"), stays.step("stays"), breaks.step("breaks")}
 	noHand := (&part{wrong: 1}).step("nohand")
 	noHand.Apply = nil
 	h := &heard{}
-	results, err := Run(context.Background(), append(steps, noHand), h)
+	results, err := Apply(context.Background(), append(steps, noHand), nil, h)
 
-	want := []Outcome{OK, Changed, Changed, Failed, Failed, Failed}
+	want := []Outcome{OK, Changed, Changed, Reboot, Failed, Failed, Failed}
 	for i, r := range results {
 		if r.Outcome != want[i] || (r.Outcome == Failed) != (r.Reason != nil) {
 			t.Errorf("%s: %s (%v), want %s", r.Step, r.Outcome, r.Reason, want[i])
@@ -72,7 +75,7 @@ func TestRun(t *testing.T) {
 	if !errors.As(err, &f) || f.Code != "host-check" || f.Next != "Fix stays" {
 		t.Fatalf("failure %+v", err)
 	}
-	for _, s := range []string{"stays: is new, should be good", "breaks: no space left", "nohand: is old"} {
+	for _, s := range []string{"stays: stays is new, should be good", "breaks: no space left", "nohand: nohand is old"} {
 		if !strings.Contains(f.Message, s) {
 			t.Errorf("no %q in %q", s, f.Message)
 		}
@@ -80,31 +83,36 @@ func TestRun(t *testing.T) {
 	if h.facts["host_heals"] != "changed" || h.facts["host_right_is"] != "old" || h.facts["host_stays_ms"] == "" {
 		t.Errorf("facts %v", h.facts)
 	}
-	if h.lines[0] != "1/6 right" {
+	if h.lines[0] != "1/7 right" {
 		t.Errorf("said %q", h.lines)
 	}
 }
 
-func TestRunEndsWithContext(t *testing.T) {
+func TestApplyEndsWithContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := Step{Name: "long", Check: func(ctx context.Context) (Finding, error) { cancel(); return Finding{}, ctx.Err() }}
-	if _, err := Run(ctx, []Step{s, (&part{}).step("never")}, &heard{}); !errors.Is(err, context.Canceled) {
+	s := Step{Name: "long", Check: func(ctx context.Context) ([]Finding, error) { cancel(); return nil, ctx.Err() }}
+	if _, err := Apply(ctx, []Step{s, (&part{}).step("never")}, nil, &heard{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
 }
 
 func TestUnitOrder(t *testing.T) {
 	root := t.TempDir()
-	s := unitOrder(root, nil)
-	if f, err := s.Check(context.Background()); err != nil || f.OK || !strings.Contains(f.Is, "libvirtd.service.d/platter.conf differs") {
+	h := Host{Root: root, Self: []string{"/bin/true"}}
+	s := h.unitOrder()
+	if f, err := s.Check(t.Context()); err != nil || f[0].OK || f[0].Is != "missing" {
 		t.Fatalf("empty root: %+v, %v", f, err)
 	}
+	j, err := OpenJournal(root)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
-		if err := Prepare(root); err != nil {
+		if err := h.Prepare(j); err != nil {
 			t.Fatal(err)
 		}
-		if f, err := s.Check(context.Background()); err != nil || !f.OK {
-			t.Errorf("prepared root: %+v, %v", f, err)
+		if r, err := Check(t.Context(), []Step{s}, &heard{}); err != nil || r[0].Outcome != OK {
+			t.Errorf("prepared root: %+v, %v", r, err)
 		}
 	}
 	path := filepath.Join(root, "etc/systemd/system/libvirtd.service.d/platter.conf")
@@ -114,8 +122,108 @@ func TestUnitOrder(t *testing.T) {
 	if err := os.WriteFile(path, nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if f, _ := s.Check(context.Background()); f.OK {
+	if r, _ := Check(t.Context(), []Step{s}, &heard{}); r[0].Outcome != Drift {
 		t.Error("a file that was emptied passes")
+	}
+}
+
+// snapshot is every file, link and folder below root with its content.
+func snapshot(t *testing.T, root string) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(root, path)
+		if strings.HasPrefix(rel, "var/lib/platter") {
+			return nil
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		content, _ := os.ReadFile(path)
+		link, _ := os.Readlink(path)
+		fmt.Fprintf(&b, "%s %s %q %q\n", rel, info.Mode(), link, content)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// TestJournalUndo: whatever was changed, however often, and wherever a power
+// cut fell, undoing brings the former bytes back.
+func TestJournalUndo(t *testing.T) {
+	root := t.TempDir()
+	for path, text := range map[string]string{"etc/a.conf": "former", "etc/b.conf": "other", "proc/sys/x": "1\n", "etc/gone": "was here"} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, path)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, path), []byte(text), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("a.conf", filepath.Join(root, "etc/link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(root, "var/lib"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	before := snapshot(t, root)
+	for round := range 3 {
+		j, err := OpenJournal(root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, err := range []error{
+			j.WriteFile("/etc/a.conf", fmt.Sprint("new ", round), 0o644),
+			j.WriteFile("/etc/new/deep/c.conf", "c", 0o600),
+			j.Link("/etc/link", "b.conf"),
+			j.Link("/etc/wants/c.service", "../c.service"),
+			j.Remove("/etc/gone"),
+			j.SetValue("/proc/sys/x", fmt.Sprint(round+2)),
+		} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if snapshot(t, root) == before {
+		t.Fatal("nothing was changed")
+	}
+	// A power cut in the middle of a line.
+	name := filepath.Join(root, journalFile)
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(`{"path":"/etc/b.co`); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	j, err := OpenJournal(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := j.Undo(func(string) {}); err != nil {
+			t.Fatal(err)
+		}
+		if after := snapshot(t, root); after != before {
+			t.Errorf("after undoing:\n%s\nbefore:\n%s", after, before)
+		}
+	}
+	if !j.Empty() {
+		t.Error("an undone journal is not empty")
+	}
+	if err := os.WriteFile(name, []byte("{}\nnonsense\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenJournal(root); err == nil || !strings.Contains(err.Error(), "line 2 is damaged") {
+		t.Errorf("damaged journal: %v", err)
 	}
 }
 
@@ -129,22 +237,22 @@ func TestBridges(t *testing.T) {
 		ran = append(ran, name+" "+strings.Join(args, " "))
 		return list, fail
 	}
-	if f, err := bridges([]provision.Bridge{{Name: "lo", MTU: 65536}}, run).Check(ctx); err != nil || !f.OK || f.Is != "lo up" {
+	if f, err := bridges([]provision.Bridge{{Name: "lo", MTU: 65536}}, run).Check(ctx); err != nil || !f[0].OK || f[0].Is != "up" {
 		t.Errorf("right: %+v, %v", f, err)
 	}
-	if f, err := bridges([]provision.Bridge{{Name: "lo", MTU: 1500}}, run).Check(ctx); err != nil || f.OK || !strings.Contains(f.Is, "MTU 65536") {
+	if f, err := bridges([]provision.Bridge{{Name: "lo", MTU: 1500}}, run).Check(ctx); err != nil || f[0].OK || !strings.Contains(f[0].Is, "MTU 65536") {
 		t.Errorf("wrong MTU: %+v, %v", f, err)
 	}
 	two := bridges([]provision.Bridge{{Name: "lo"}, {Name: "br-none0"}}, run)
-	if f, err := two.Check(ctx); err != nil || f.OK || f.Is != "lo up, br-none0 not in Open vSwitch" {
+	if f, err := two.Check(ctx); err != nil || !f[0].OK || f[1].OK || f[1].Is != "not in Open vSwitch" {
 		t.Errorf("one missing: %+v, %v", f, err)
 	}
 	list = "lo br-none0"
-	if f, err := two.Check(ctx); err != nil || f.OK || !strings.Contains(f.Is, "br-none0 has no device") {
+	if f, err := two.Check(ctx); err != nil || f[1].OK || !strings.Contains(f[1].Is, "has no device") {
 		t.Errorf("in the database only: %+v, %v", f, err)
 	}
 	ran = nil
-	if err := two.Apply(ctx); err == nil || !strings.Contains(err.Error(), "bridge br-none0") {
+	if err := two.Apply(ctx, nil); err == nil || !strings.Contains(err.Error(), "bridge br-none0") {
 		t.Errorf("apply where the switch makes no device: %v", err)
 	}
 	if len(ran) != 2 || ran[1] != "ovs-vsctl --timeout=60 --may-exist add-br br-none0" {

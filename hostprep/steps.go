@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -19,21 +18,22 @@ import (
 	"platter/provision"
 )
 
-// Steps lists the preparation of a host, in order. s may be used by the steps
-// until they have run.
-func Steps(spec provision.HostSpec, s *Systemd) []Step {
+// Steps lists the preparation of the host, in order.
+func (h *Host) Steps() []Step {
 	return []Step{
 		kernel(),
-		unitOrder("/", s),
-		services(s, [][]string{
+		h.unitOrder(),
+		services(h.Systemd, [][]string{
 			{"openvswitch-switch.service", "openvswitch.service"},
 			{"ovsdb-server.service"}, {"ovs-vswitchd.service"},
 			// A socket that starts its daemon on demand is as good as the daemon.
 			{"libvirtd.socket", "libvirtd.service", "virtqemud.socket"},
 			{"ssh.service", "sshd.service", "ssh.socket"},
 		}),
-		bridges(Bridges(spec), command),
-		virt("/run/libvirt/libvirt-sock", func(ctx context.Context) error { return startFirst(ctx, s, "libvirtd.service", "virtqemud.service") }),
+		bridges(Bridges(h.Spec), command),
+		virt("/run/libvirt/libvirt-sock", func(ctx context.Context) error {
+			return startFirst(ctx, h.Systemd, "libvirtd.service", "virtqemud.service")
+		}),
 	}
 }
 
@@ -70,11 +70,11 @@ func kernel() Step {
 	return Step{
 		Name: "kernel",
 		Next: "Reboot the node into the kernel of its image",
-		Check: func(context.Context) (Finding, error) {
+		Check: func(context.Context) ([]Finding, error) {
 			release := KernelRelease()
 			_, err := os.Stat("/lib/modules/" + release + "/modules.dep")
-			return Finding{OK: err == nil, Is: release, Want: "a kernel with modules in /lib/modules",
-				Why: "Open vSwitch and KVM are modules"}, nil
+			return []Finding{{What: "running kernel", OK: err == nil, Is: release, Want: "a kernel with modules in /lib/modules",
+				Why: "Open vSwitch and KVM are modules"}}, nil
 		},
 	}
 }
@@ -116,31 +116,25 @@ func bridges(want []provision.Bridge, run runner) Step {
 	return Step{
 		Name: "bridges",
 		Next: "Look at 'ovs-vsctl show' and 'journalctl -u ovs-vswitchd' on the node",
-		Check: func(ctx context.Context) (Finding, error) {
-			f := Finding{OK: true, Why: "libvirt attaches VMs to them"}
+		Check: func(ctx context.Context) ([]Finding, error) {
 			out, err := run(ctx, "ovs-vsctl", "--timeout=60", "list-br")
 			if err != nil {
-				return f, err
+				return nil, err
 			}
-			var is, should []string
+			var found []Finding
 			for _, b := range want {
-				s := missing(b, strings.Fields(out))
-				if s == "" {
-					s = "up"
-				} else {
-					f.OK = false
+				f := Finding{What: "bridge " + b.Name, Is: missing(b, strings.Fields(out)), Want: "up", Why: "libvirt attaches VMs to it"}
+				if f.Is == "" {
+					f.OK, f.Is = true, "up"
 				}
-				is = append(is, b.Name+" "+s)
-				w := b.Name + " up"
 				if b.MTU != 0 {
-					w += fmt.Sprintf(" with MTU %d", b.MTU)
+					f.Want += fmt.Sprintf(" with MTU %d", b.MTU)
 				}
-				should = append(should, w)
+				found = append(found, f)
 			}
-			f.Is, f.Want = strings.Join(is, ", "), strings.Join(should, ", ")
-			return f, nil
+			return found, nil
 		},
-		Apply: func(ctx context.Context) error {
+		Apply: func(ctx context.Context, _ *Journal) error {
 			for _, b := range want {
 				args := []string{"--timeout=60", "--may-exist", "add-br", b.Name}
 				if b.MTU != 0 {
@@ -167,31 +161,31 @@ func bridges(want []provision.Bridge, run runner) Step {
 func virt(socket string, start func(context.Context) error) Step {
 	return Step{
 		Name:  "libvirt",
-		Apply: start,
+		Apply: func(ctx context.Context, _ *Journal) error { return start(ctx) },
 		Next:  "Look at 'journalctl -u libvirtd' on the node",
-		Check: func(ctx context.Context) (Finding, error) {
-			f := Finding{Want: "an answer", Why: "it runs the VMs"}
+		Check: func(ctx context.Context) ([]Finding, error) {
+			f := Finding{What: "libvirt", Want: "an answer", Why: "it runs the VMs"}
 			// A daemon that the socket starts first may take a while on a
 			// slow machine.
 			ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 			defer cancel()
 			conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 			if err != nil {
-				return f, fmt.Errorf("libvirt does not answer: %w", err)
+				return nil, fmt.Errorf("libvirt does not answer: %w", err)
 			}
 			defer context.AfterFunc(ctx, func() { conn.Close() })()
 			l := libvirt.NewWithDialer(dialed{conn})
 			if err := l.ConnectToURI(libvirt.QEMUSystem); err != nil {
 				conn.Close()
-				return f, fmt.Errorf("libvirt does not answer: %w", errors.Join(context.Cause(ctx), err))
+				return nil, fmt.Errorf("libvirt does not answer: %w", errors.Join(context.Cause(ctx), err))
 			}
 			defer l.Disconnect()
 			v, err := l.ConnectGetLibVersion()
 			if err != nil {
-				return f, fmt.Errorf("libvirt does not tell its version: %w", err)
+				return nil, fmt.Errorf("libvirt does not tell its version: %w", err)
 			}
 			f.OK, f.Is = true, fmt.Sprintf("%d.%d.%d", v/1_000_000, v/1_000%1_000, v%1_000)
-			return f, nil
+			return []Finding{f}, nil
 		},
 	}
 }
@@ -200,68 +194,3 @@ func virt(socket string, start func(context.Context) error) Step {
 type dialed struct{ net.Conn }
 
 func (d dialed) Dial() (net.Conn, error) { return d.Conn, nil }
-
-// The order of libvirt and the switch. In Debian they are only linked through
-// network.target, which nothing may want: libvirtd then starts before the
-// switch, and the switch stops before the VMs. Wants, not Requires: a restart
-// of the switch must not restart libvirt.
-var orderFiles = map[string]string{
-	"etc/systemd/system/libvirtd.service.d/platter.conf": `# Written by Platter.
-[Unit]
-Wants=openvswitch-switch.service
-After=openvswitch-switch.service ovs-vswitchd.service ovsdb-server.service
-[Service]
-# It asks every emulator what it can do: a slow machine needs minutes.
-TimeoutStartSec=15min
-`,
-	"etc/systemd/system/libvirt-guests.service.d/platter.conf": `# Written by Platter.
-[Unit]
-Wants=libvirtd.service
-After=libvirtd.service openvswitch-switch.service ovs-vswitchd.service
-`,
-}
-
-// Prepare writes the unit order below root, so that it holds from the first
-// boot on. What is right already is not touched.
-func Prepare(root string) error {
-	for path, text := range orderFiles {
-		path = filepath.Join(root, path)
-		if b, err := os.ReadFile(path); err == nil && string(b) == text {
-			continue
-		}
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return fmt.Errorf("unit order: %w", err)
-		}
-		if err := writeFile(path, text); err != nil {
-			return fmt.Errorf("unit order: %w", err)
-		}
-	}
-	return nil
-}
-
-func unitOrder(root string, s *Systemd) Step {
-	return Step{
-		Name: "unit-order",
-		Check: func(context.Context) (Finding, error) {
-			var differ []string
-			for path, text := range orderFiles {
-				if b, err := os.ReadFile(filepath.Join(root, path)); err != nil || string(b) != text {
-					differ = append(differ, "/"+path+" differs")
-				}
-			}
-			slices.Sort(differ)
-			is := "libvirt after Open vSwitch"
-			if len(differ) > 0 {
-				is = strings.Join(differ, ", ")
-			}
-			return Finding{OK: len(differ) == 0, Is: is, Want: "libvirt after Open vSwitch",
-				Why: "else VMs lose their ports at a reboot"}, nil
-		},
-		Apply: func(ctx context.Context) error {
-			if err := Prepare(root); err != nil {
-				return err
-			}
-			return s.Reload(ctx)
-		},
-	}
-}

@@ -116,11 +116,11 @@ func services(s *Systemd, groups [][]string) Step {
 	return Step{
 		Name: "services",
 		Next: "Look at 'systemctl --failed' on the node",
-		Check: func(ctx context.Context) (Finding, error) {
+		Check: func(ctx context.Context) ([]Finding, error) {
 			start, is, err := look(ctx)
-			return Finding{OK: len(start) == 0, Is: is, Want: "all active", Why: "VMs and operators need them"}, err
+			return []Finding{{What: "services", OK: len(start) == 0, Is: is, Want: "all active", Why: "VMs and operators need them"}}, err
 		},
-		Apply: func(ctx context.Context) error {
+		Apply: func(ctx context.Context, _ *Journal) error {
 			start, _, err := look(ctx)
 			if err != nil {
 				return err

@@ -73,15 +73,73 @@ type User struct {
 	Keys []string `json:"keys"` // authorized_keys lines
 }
 
-// HostSpec says how every node is prepared after its first boot.
+// HostSpec says how every node is prepared, on its first boot and on every
+// later one. provision/rack resolves it: it needs no catalogue to be carried
+// out.
 type HostSpec struct {
-	Bridges []Bridge `json:"bridges,omitempty"`
+	Profile  string    `json:"profile,omitempty"`  // name of the kernel profile that Settings came from
+	Settings []Setting `json:"settings,omitempty"` // of the profile, with the rack file's own values in place
+	Bridges  []Bridge  `json:"bridges,omitempty"`
+	Guests   GuestSpec `json:"guests,omitzero"`
 }
 
-// Bridge is an Open vSwitch bridge without an uplink that domains attach to.
+// Setting is one value of the kernel or of its surroundings.
+type Setting struct {
+	Kind   SettingKind `json:"kind"`
+	Key    string      `json:"key"`
+	Value  string      `json:"value"`
+	Why    string      `json:"why,omitempty"`    // for people
+	Source string      `json:"source,omitempty"` // where the reason is written down
+}
+
+// SettingKind says where a setting lives.
+type SettingKind string
+
+const (
+	Cmdline SettingKind = "cmdline" // kernel argument: Key=Value, or Key alone where Value is empty
+	Sysctl  SettingKind = "sysctl"  // Key with dots, as in sysctl.conf(5)
+	Sysfs   SettingKind = "sysfs"   // Key is a path below /sys
+	Disk    SettingKind = "disk"    // Key is KIND/ATTRIBUTE below /sys/block/*/queue; KIND: ssd, nvme, rotational, virtual
+	CPU     SettingKind = "cpu"     // Key is an attribute below /sys/devices/system/cpu/cpu*/cpufreq
+	Module  SettingKind = "module"  // Key is MODULE to load it at boot, or MODULE.PARAMETER
+	Limit   SettingKind = "limit"   // Key is one of limits.conf(5)'s items, for services and log-ins: nofile, nproc, memlock
+	Alarm   SettingKind = "alarm"   // not set, watched: Key names the alarm, Value its threshold
+)
+
+// Bridge is an Open vSwitch bridge that domains attach to.
 type Bridge struct {
-	Name string `json:"name"` // at most 15 characters
-	MTU  int    `json:"mtu,omitempty"`
+	Name   string `json:"name"` // at most 15 characters
+	MTU    int    `json:"mtu,omitempty"`
+	Uplink Uplink `json:"uplink,omitzero"`
+	VLANs  []int  `json:"vlans,omitempty"` // tags that the uplink carries; none: all
+	// Management moves the node's own address from the uplink onto the bridge.
+	Management bool `json:"management,omitempty"`
+}
+
+// Uplink connects a bridge to the rack's wires. Without interfaces the bridge
+// ends at the host.
+type Uplink struct {
+	Interfaces []string `json:"interfaces,omitempty"` // several make a bond
+	Bond       BondMode `json:"bond,omitempty"`       // empty with one interface
+}
+
+// BondMode is how several interfaces act as one.
+type BondMode string
+
+const (
+	BondActiveBackup BondMode = "active-backup" // needs nothing from the rack's switch
+	BondLACP         BondMode = "lacp"          // IEEE 802.1AX, the switch must speak it
+)
+
+// GuestSpec says how the domains of a host start and stop. Zero values mean
+// the defaults named here.
+type GuestSpec struct {
+	Parallel   int           `json:"parallel,omitempty"`    // starts at a time; 2
+	Delay      time.Duration `json:"delay,omitempty"`       // between two starts; none
+	StopWithin time.Duration `json:"stop_within,omitempty"` // for all domains together, then they are ended; 2 min
+	// MemoryPercent of the host's memory that running domains may be promised
+	// together; 100. More than 120 has been seen to kill hosts.
+	MemoryPercent int `json:"memory_percent,omitempty"`
 }
 
 // StackSpec is the IM service: one ejabberd cluster over all nodes.

@@ -156,7 +156,12 @@ func (stays) Leave(bool) error { return nil }
 
 // prepare lays down what host and stack need from their first boot on.
 func prepare(root string, plan provision.Plan, sec provision.StackSecrets) error {
-	if err := hostprep.Prepare(root); err != nil {
+	j, err := hostprep.OpenJournal(root)
+	if err != nil {
+		return err
+	}
+	host := hostprep.Host{Root: root, Spec: plan.Host, Self: []string{install.AgentPath, "host"}}
+	if err := host.Prepare(j); err != nil {
 		return err
 	}
 	return stack.Prepare(root, plan, sec)

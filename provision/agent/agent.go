@@ -49,6 +49,10 @@ type work struct {
 	look    func(ctx context.Context) (stack.Cluster, error)
 }
 
+// hostCommand is how units call the host commands of this program; the
+// installer laid it there.
+var hostCommand = []string{"/usr/lib/platter/platter-node", "host"}
+
 // Run is the agent's whole life; it returns when ctx ends or when the host was
 // not installed by Platter.
 func Run(ctx context.Context, c Config) error {
@@ -89,7 +93,12 @@ func Run(ctx context.Context, c Config) error {
 				return err
 			}
 			defer sd.Close()
-			_, err = hostprep.Run(ctx, hostprep.Steps(plan.Host, sd), rep)
+			host := hostprep.Host{Root: "/", Spec: plan.Host, Self: hostCommand, Systemd: sd}
+			j, err := hostprep.OpenJournal(host.Root)
+			if err != nil {
+				return err
+			}
+			_, err = hostprep.Apply(ctx, host.Steps(), j, rep)
 			return err
 		},
 		bring: func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },

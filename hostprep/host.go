@@ -1,0 +1,125 @@
+package hostprep
+
+import (
+	"context"
+	"io/fs"
+	"os"
+	"strings"
+
+	"platter/provision"
+)
+
+// Host is the machine that is prepared.
+type Host struct {
+	Root string // "/" on the running host
+	Spec provision.HostSpec
+	// Self is the command line by which units call this program's host
+	// commands: /usr/lib/platter/platter-node host.
+	Self    []string
+	Systemd *Systemd // nil where no systemd runs: in an image, in tests
+}
+
+// File is one file that the preparation lays down.
+type File struct {
+	Path    string // with a leading /
+	Content string
+	Mode    fs.FileMode // 0: 0644
+	Link    string      // instead of content: a symbolic link to this
+	Why     string
+	Source  string
+}
+
+// Files are all files that the preparation of the host consists of. A later
+// boot reads them, so an image into which they were written is prepared from
+// its first boot on.
+func (h *Host) Files() []File { return h.orderFiles() }
+
+// Prepare writes the files below the host's root and changes nothing that
+// runs. What is right already is not touched.
+func (h *Host) Prepare(j *Journal) error {
+	for _, f := range h.Files() {
+		if err := j.lay(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lay writes one file or link.
+func (j *Journal) lay(f File) error {
+	if f.Link != "" {
+		return j.Link(f.Path, f.Link)
+	}
+	return j.WriteFile(f.Path, f.Content, f.mode())
+}
+
+func (f File) mode() fs.FileMode {
+	if f.Mode == 0 {
+		return 0o644
+	}
+	return f.Mode
+}
+
+// find tells whether the file is as it should be.
+func (f File) find(j *Journal) Finding {
+	out := Finding{What: f.Path, Is: "as written", Want: "as written", Why: f.Why, Source: f.Source}
+	if f.Link != "" {
+		out.Is, _ = os.Readlink(j.at(f.Path))
+		out.Want, out.OK = f.Link, out.Is == f.Link
+		if out.Is == "" {
+			out.Is = "missing"
+		}
+		return out
+	}
+	ok, err := j.has(f.Path, f.Content, f.mode())
+	switch {
+	case ok:
+		out.OK = true
+	case err != nil:
+		out.Is = err.Error()
+	default:
+		out.Is = "different"
+		if _, err := os.Lstat(j.at(f.Path)); err != nil {
+			out.Is = "missing"
+		}
+	}
+	return out
+}
+
+// filesStep keeps files as they should be; after runs when any was written.
+func (h *Host) filesStep(name, next string, files []File, after func(context.Context) error) Step {
+	look := &Journal{root: h.Root} // only looks
+	return Step{
+		Name: name,
+		Next: next,
+		Check: func(context.Context) ([]Finding, error) {
+			var out []Finding
+			for _, f := range files {
+				out = append(out, f.find(look))
+			}
+			return out, nil
+		},
+		Apply: func(ctx context.Context, j *Journal) error {
+			for _, f := range files {
+				if err := j.lay(f); err != nil {
+					return err
+				}
+			}
+			if after == nil {
+				return nil
+			}
+			return after(ctx)
+		},
+	}
+}
+
+// reload makes systemd read what was written, where one runs.
+func (h *Host) reload(ctx context.Context) error {
+	if h.Systemd == nil {
+		return nil
+	}
+	return h.Systemd.Reload(ctx)
+}
+
+// self is the command line of one host command, for a unit.
+func (h *Host) self(command ...string) string { return strings.Join(append(h.Self, command...), " ") }
