@@ -3,6 +3,8 @@ package hostprep
 import (
 	"context"
 	"io/fs"
+	"net/netip"
+	"net/url"
 	"os"
 	"strings"
 
@@ -17,6 +19,27 @@ type Host struct {
 	// commands: /usr/lib/platter/platter-node host.
 	Self    []string
 	Systemd *Systemd // nil where no systemd runs: in an image, in tests
+	// Reach are the disc host and the gateway. A change of the uplink that the
+	// host is managed over is kept only if one of them answers after it. Port
+	// 0: any sign of life counts.
+	Reach []netip.AddrPort
+}
+
+// NodeSelf is Self on a node that Platter installed.
+var NodeSelf = []string{"/usr/lib/platter/platter-node", "host"}
+
+// ReachOf are the disc host and the gateway of a plan.
+func ReachOf(p provision.Plan) []netip.AddrPort {
+	var out []netip.AddrPort
+	if u, err := url.Parse(p.DiscHost); err == nil {
+		if a, err := netip.ParseAddrPort(u.Host); err == nil {
+			out = append(out, a)
+		}
+	}
+	if p.Net.Gateway.IsValid() {
+		out = append(out, netip.AddrPortFrom(p.Net.Gateway, 0))
+	}
+	return out
 }
 
 // File is one file that the preparation lays down.

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,9 +58,14 @@ func TestApply(t *testing.T) {
 	noHand := (&part{wrong: 1}).step("nohand")
 	noHand.Apply = nil
 	h := &heard{}
-	results, err := Apply(context.Background(), append(steps, noHand), nil, h)
+	person := Step{Name: "person",
+		Check: func(context.Context) ([]Finding, error) {
+			return []Finding{{What: "cable", Is: "loose", Want: "plugged in", Person: true}}, nil
+		},
+		Apply: func(context.Context, *Journal) error { t.Error("applied what only a person can do"); return nil }}
+	results, err := Apply(context.Background(), append(steps, noHand, person), nil, h)
 
-	want := []Outcome{OK, Changed, Changed, Reboot, Failed, Failed, Failed}
+	want := []Outcome{OK, Changed, Changed, Reboot, Failed, Failed, Drift, Drift}
 	for i, r := range results {
 		if r.Outcome != want[i] || (r.Outcome == Failed) != (r.Reason != nil) {
 			t.Errorf("%s: %s (%v), want %s", r.Step, r.Outcome, r.Reason, want[i])
@@ -75,7 +81,7 @@ func TestApply(t *testing.T) {
 	if !errors.As(err, &f) || f.Code != "host-check" || f.Next != "Fix stays" {
 		t.Fatalf("failure %+v", err)
 	}
-	for _, s := range []string{"stays: stays is new, should be good", "breaks: no space left", "nohand: nohand is old"} {
+	for _, s := range []string{"stays: stays is new, should be good", "breaks: no space left"} {
 		if !strings.Contains(f.Message, s) {
 			t.Errorf("no %q in %q", s, f.Message)
 		}
@@ -83,7 +89,10 @@ func TestApply(t *testing.T) {
 	if h.facts["host_heals"] != "changed" || h.facts["host_right_is"] != "old" || h.facts["host_stays_ms"] == "" {
 		t.Errorf("facts %v", h.facts)
 	}
-	if h.lines[0] != "1/7 right" {
+	if strings.Contains(f.Message, "nohand") || h.facts["host_nohand"] != "drift" || !slices.Contains(h.lines, "host: person: a person has to put right: cable is loose, should be plugged in") {
+		t.Errorf("what is for a person: failure %q, facts %v, said %q", f.Message, h.facts, h.lines)
+	}
+	if h.lines[0] != "1/8 right" {
 		t.Errorf("said %q", h.lines)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,12 +22,15 @@ type Finding struct {
 	// Boot: everything that can be done now is done, the next boot brings it
 	// into effect. OK is false.
 	Boot bool
+	// Person: only a person can put it right, Apply would change nothing. OK
+	// is false.
+	Person bool
 }
 
 // Step is one part of the preparation. Check changes nothing and returns what
 // it looked at, right or not. Apply makes right what deviates, writes every
 // former state into the journal first, and may be called again after it was
-// cut off at any point; it is nil for what only a person can put right.
+// cut off at any point; it is nil where every deviation is one for a person.
 type Step struct {
 	Name  string
 	Check func(ctx context.Context) ([]Finding, error)
@@ -42,7 +46,7 @@ const (
 	OK      Outcome = "ok"
 	Changed Outcome = "changed" // it deviated and was put right
 	Reboot  Outcome = "reboot"  // as Changed, but the next boot has to bring it into effect
-	Drift   Outcome = "drift"   // it deviates and was only looked at
+	Drift   Outcome = "drift"   // it deviates: it was only looked at, or a person has to put it right
 	Failed  Outcome = "failed"
 )
 
@@ -50,6 +54,7 @@ const (
 type Result struct {
 	Step     string
 	Outcome  Outcome
+	Before   []Finding // of the first check, where Apply changed something
 	Findings []Finding // of the last check
 	Reason   error     // when failed
 	Took     time.Duration
@@ -78,17 +83,14 @@ type Progress interface {
 // ctx: a check that could not look is in its result.
 func Check(ctx context.Context, steps []Step, rep Progress) ([]Result, error) {
 	return each(ctx, steps, rep, func(ctx context.Context, s Step) Result {
-		r := s.look(ctx)
-		if r.Outcome == Drift && r.onlyBoot() {
-			r.Outcome = Reboot
-		}
-		return r
+		return s.look(ctx)
 	})
 }
 
 // Apply checks every step in order, applies what deviates and checks again.
 // All steps are tried; the error is a *provision.Failure that names the ones
-// that failed.
+// that failed. What waits for a reboot or for a person is told, and is no
+// failure: where a service needs it, the step that brings the service fails.
 func Apply(ctx context.Context, steps []Step, j *Journal, rep Progress) ([]Result, error) {
 	results, err := each(ctx, steps, rep, func(ctx context.Context, s Step) Result { return s.apply(ctx, j) })
 	if err != nil {
@@ -108,6 +110,8 @@ func Apply(ctx context.Context, steps []Step, j *Journal, rep Progress) ([]Resul
 			rep.Logf("host: %s: changed, now %s", r.Step, r.is())
 		case Reboot:
 			rep.Logf("host: %s: the next boot brings into effect: %s", r.Step, deviation(r.Deviations()))
+		case Drift:
+			rep.Logf("host: %s: a person has to put right: %s", r.Step, deviation(r.Deviations()))
 		case Failed:
 			rep.Logf("host: %s: failed: %v", r.Step, r.Reason)
 			reasons = append(reasons, fmt.Sprintf("%s: %v", r.Step, r.Reason))
@@ -145,62 +149,46 @@ func each(ctx context.Context, steps []Step, rep Progress, do func(context.Conte
 	return results, nil
 }
 
-// look checks: the outcome is OK, Drift or Failed.
+// look checks: the outcome is OK, Reboot, Drift or Failed.
 func (s Step) look(ctx context.Context) Result {
-	r := Result{Outcome: Drift}
+	r := Result{Outcome: OK}
 	r.Findings, r.Reason = s.Check(ctx)
-	switch {
+	switch bad := r.Deviations(); {
 	case r.Reason != nil:
 		r.Outcome = Failed
-	case len(r.Deviations()) == 0:
-		r.Outcome = OK
+	case len(bad) > 0 && !slices.ContainsFunc(bad, func(f Finding) bool { return !f.Boot }):
+		r.Outcome = Reboot
+	case len(bad) > 0:
+		r.Outcome = Drift
 	}
 	return r
 }
 
 func (s Step) apply(ctx context.Context, j *Journal) Result {
 	r := s.look(ctx)
-	if r.Outcome == OK {
-		return r
-	}
-	before := r.Reason
-	if r.Outcome == Drift && r.onlyBoot() {
-		r.Outcome = Reboot
-		return r
-	}
-	if s.Apply == nil {
-		r.Outcome = Failed
-		if r.Reason == nil {
-			r.Reason = errors.New(deviation(r.Deviations()))
-		}
-		return r
-	}
 	// A check that could not look is also a reason to apply: what it asks may
 	// not run yet.
-	if err := s.Apply(ctx, j); err != nil {
-		r.Outcome, r.Reason = Failed, errors.Join(err, before)
+	if s.Apply == nil || r.Reason == nil && !slices.ContainsFunc(r.Deviations(), Finding.forApply) {
 		return r
 	}
-	switch r = s.look(ctx); {
-	case r.Outcome == OK:
+	why, before := r.Reason, r.Findings
+	if err := s.Apply(ctx, j); err != nil {
+		r.Outcome, r.Reason, r.Before = Failed, errors.Join(err, why), before
+		return r
+	}
+	r = s.look(ctx)
+	r.Before = before
+	if left := slices.DeleteFunc(r.Deviations(), func(f Finding) bool { return !f.forApply() }); len(left) > 0 && r.Reason == nil {
+		r.Outcome, r.Reason = Failed, errors.New(deviation(left))
+	}
+	if r.Outcome == OK {
 		r.Outcome = Changed
-	case r.Outcome == Drift && r.onlyBoot():
-		r.Outcome = Reboot
-	case r.Outcome == Drift:
-		r.Outcome, r.Reason = Failed, errors.New(deviation(r.Deviations()))
 	}
 	return r
 }
 
-// onlyBoot tells whether nothing but a boot is missing.
-func (r Result) onlyBoot() bool {
-	for _, f := range r.Deviations() {
-		if !f.Boot {
-			return false
-		}
-	}
-	return true
-}
+// forApply tells whether Apply should put it right.
+func (f Finding) forApply() bool { return !f.OK && !f.Boot && !f.Person }
 
 // is is what was found, in few words.
 func (r Result) is() string {

@@ -2,6 +2,7 @@ package hostprep
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -84,44 +85,49 @@ func (u *Unit) state(ctx context.Context) (load, active string, err error) {
 	}
 }
 
+// noSystemd is the finding on a host that another init started.
+var noSystemd = Finding{What: "systemd", Is: "not running, or silent", Want: "running", Why: "it starts, stops and orders the services"}
+
 // services is the step that wants one unit of every group to be active. The
 // groups hold alternatives, the preferred one first.
 func services(s *Systemd, groups [][]string) Step {
-	// look returns the units that should be started and a line for people.
-	look := func(ctx context.Context) (start []string, is string, err error) {
-		var parts []string
-	groups:
+	// look returns a finding for each group and the units that can be started.
+	look := func(ctx context.Context) (found []Finding, start []string, err error) {
+		if s == nil {
+			return []Finding{noSystemd}, nil, nil
+		}
 		for _, g := range groups {
-			loaded, said := "", ""
+			f := Finding{What: g[0], Is: "not installed", Want: "active", Why: "VMs and operators need it"}
+			loaded := ""
 			for _, name := range g {
 				load, active, err := s.Unit(name).state(ctx)
 				if err != nil {
-					return nil, "", err
+					return nil, nil, err
 				}
 				if active == "active" {
-					parts = append(parts, name+" active")
-					continue groups
+					f.What, f.OK, f.Is = name, true, active
+					break
 				}
 				if load == "loaded" && loaded == "" {
-					loaded, said = name, name+" "+active
+					loaded, f.What, f.Is = name, name, active
 				}
 			}
-			if loaded == "" {
-				return nil, "", fmt.Errorf("%s is not installed", strings.Join(g, " or "))
+			if !f.OK && loaded != "" {
+				start = append(start, loaded)
 			}
-			start, parts = append(start, loaded), append(parts, said)
+			found = append(found, f)
 		}
-		return start, strings.Join(parts, ", "), nil
+		return found, start, nil
 	}
 	return Step{
 		Name: "services",
-		Next: "Look at 'systemctl --failed' on the node",
+		Next: "Look at 'systemctl --failed' on the node; what is not installed has to be installed",
 		Check: func(ctx context.Context) ([]Finding, error) {
-			start, is, err := look(ctx)
-			return []Finding{{What: "services", OK: len(start) == 0, Is: is, Want: "all active", Why: "VMs and operators need them"}}, err
+			found, _, err := look(ctx)
+			return found, err
 		},
 		Apply: func(ctx context.Context, _ *Journal) error {
-			start, _, err := look(ctx)
+			_, start, err := look(ctx)
 			if err != nil {
 				return err
 			}
@@ -137,6 +143,9 @@ func services(s *Systemd, groups [][]string) Step {
 
 // startFirst starts the first of the units that is installed.
 func startFirst(ctx context.Context, s *Systemd, names ...string) error {
+	if s == nil {
+		return errors.New("no systemd starts the services of this host")
+	}
 	for _, name := range names {
 		load, _, err := s.Unit(name).state(ctx)
 		if err != nil {

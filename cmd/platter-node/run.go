@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"platter/hostprep"
+	"platter/hostprep/hostcmd"
 	"platter/provision"
 	"platter/provision/agent"
 	"platter/provision/client"
@@ -27,6 +28,7 @@ const usage = `usage: platter-node COMMAND
 
   agent     the life on an installed host, started by platter-agent.service
   boot      the life in the initramfs, also started as uinit
+  host      check, apply, undo the preparation of this host; see 'host --help'
   install   lay a plan's image on a file or disk, without a disc host's orders
   version   print the version
 `
@@ -47,6 +49,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return install.Boot(ctx, install.System{Console: stdout, Prepare: prepare})
 	case "install":
 		return installByHand(ctx, args[2:], stdout, stderr)
+	case "host":
+		if code := hostcmd.Run(ctx, args[2:], hostcmd.Env{Stdout: stdout, Stderr: stderr}); code != 0 {
+			return said(code)
+		}
+		return nil
 	case "version":
 		_, err := fmt.Fprintln(stdout, version())
 		return err
@@ -57,6 +64,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	fmt.Fprint(stderr, usage)
 	return fmt.Errorf("unknown command %q", command)
 }
+
+// said ends the program with this code; why was said already.
+type said int
+
+func (s said) Error() string { return fmt.Sprintf("exit code %d", int(s)) }
 
 // version is the commit that the program was built from.
 func version() string {
@@ -160,7 +172,7 @@ func prepare(root string, plan provision.Plan, sec provision.StackSecrets) error
 	if err != nil {
 		return err
 	}
-	host := hostprep.Host{Root: root, Spec: plan.Host, Self: []string{install.AgentPath, "host"}}
+	host := hostprep.Host{Root: root, Spec: plan.Host, Self: hostprep.NodeSelf, Reach: hostprep.ReachOf(plan)}
 	if err := host.Prepare(j); err != nil {
 		return err
 	}

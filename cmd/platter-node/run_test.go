@@ -38,6 +38,8 @@ func TestRun(t *testing.T) {
 		{[]string{"platter-node", "version"}, "platter-node ", ""},
 		{[]string{"platter-node", "help"}, "usage:", ""},
 		{[]string{"platter-node"}, "usage:", "unknown command"},
+		{[]string{"platter-node", "host", "--help"}, "Exit codes", ""},
+		{[]string{"platter-node", "host", "chek"}, "unknown command", "exit code 2"},
 		{[]string{"platter-node", "reap"}, "usage:", "reap"},
 		{[]string{"platter-node", "install", "--plan", "x"}, "", "--target"},
 		{[]string{"platter-node", "install", "--plan", "/nowhere", "--secrets", "x", "--keys", "x", "--target", "x"}, "", "/nowhere"},

@@ -20,7 +20,7 @@ func main() {
 }
 
 // run carries out one command line and returns its exit code: 0 done, 1 the
-// command failed and said why on stderr.
+// command failed and said why on stderr. The command host has codes of its own.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
 		Use:   "platter",
@@ -32,15 +32,18 @@ installs them, and calls a node ready when a chat message has passed.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(serveCmd(), rackCmd(), nodeCmd(), watchCmd(), imageCmd(), labCmd())
+	root.AddCommand(serveCmd(), rackCmd(), nodeCmd(), watchCmd(), imageCmd(), hostCmd(), labCmd())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
+	var code said
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &code):
+		return int(code)
 	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
 		fmt.Fprintln(stderr, "platter: interrupted")
 	default:

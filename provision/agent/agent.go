@@ -49,10 +49,6 @@ type work struct {
 	look    func(ctx context.Context) (stack.Cluster, error)
 }
 
-// hostCommand is how units call the host commands of this program; the
-// installer laid it there.
-var hostCommand = []string{"/usr/lib/platter/platter-node", "host"}
-
 // Run is the agent's whole life; it returns when ctx ends or when the host was
 // not installed by Platter.
 func Run(ctx context.Context, c Config) error {
@@ -93,7 +89,15 @@ func Run(ctx context.Context, c Config) error {
 				return err
 			}
 			defer sd.Close()
-			host := hostprep.Host{Root: "/", Spec: plan.Host, Self: hostCommand, Systemd: sd}
+			host := hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)}
+			release, err := host.Lock(ctx, func(pid string) error {
+				rep.Logf("host: waiting for process %s, which is changing this host", pid)
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			defer release()
 			j, err := hostprep.OpenJournal(host.Root)
 			if err != nil {
 				return err

@@ -1,0 +1,336 @@
+package hostcmd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"platter/hostprep"
+	"platter/provision"
+)
+
+// Usage is the help of the command.
+const Usage = `Prepare this host, and see whether it is prepared.
+
+Usage:
+  host check [-o json]    list what deviates, why it matters and who says so; change nothing
+  host apply [--dry-run]  put right what deviates; --dry-run only lists it
+  host undo               put every file and value back as it was before the first apply
+
+What should be, the first that is there:
+  the plan of the node, /etc/platter/plan.json, where Platter installed the host
+  -c FILE         a rack file; --node NAME: which of its nodes this is, where
+                  the host's addresses do not tell
+
+Exit codes: 0 as it should be, 1 something failed, 2 wrong usage,
+3 it deviates (check, --dry-run) or waits for a reboot.
+`
+
+// Exit codes.
+const (
+	clean  = 0
+	failed = 1
+	usage  = 2
+	drift  = 3
+)
+
+// Target is what a host should be.
+type Target struct {
+	Spec  provision.HostSpec
+	Reach []netip.AddrPort // see hostprep.Host
+}
+
+// Env is where the command runs. The zero value is the running host, with
+// nobody to read rack files.
+type Env struct {
+	Root string // default "/"
+	// Rack reads a rack file; node may be empty.
+	Rack           func(file, node string) (Target, error)
+	Stdout, Stderr io.Writer
+
+	steps func(*hostprep.Host) []hostprep.Step // tests put other steps in place
+}
+
+const planPath = "/etc/platter/plan.json"
+
+// Run carries out one command line and returns the exit code. What failed was
+// said on Stderr.
+func Run(ctx context.Context, args []string, e Env) int {
+	if e.Root == "" {
+		e.Root = "/"
+	}
+	if e.steps == nil {
+		e.steps = (*hostprep.Host).Steps
+	}
+	c := command{Env: e}
+	code, err := c.run(ctx, args)
+	if err != nil {
+		fmt.Fprintln(e.Stderr, "host:", err)
+		if code == clean {
+			code = failed
+		}
+	}
+	return code
+}
+
+type command struct {
+	Env
+	verb, rackFile, node, output string
+	dryRun                       bool
+}
+
+// errUsage is a command line that makes no sense.
+func errUsage(format string, args ...any) (int, error) {
+	return usage, fmt.Errorf(format+": see 'host --help'", args...)
+}
+
+func (c *command) run(ctx context.Context, args []string) (int, error) {
+	if len(args) == 0 {
+		fmt.Fprint(c.Stderr, Usage)
+		return errUsage("check, apply or undo is missing")
+	}
+	c.verb = args[0]
+	f := flag.NewFlagSet("host "+c.verb, flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&c.rackFile, "c", "", "")
+	f.StringVar(&c.node, "node", "", "")
+	var do func(context.Context) (int, error)
+	switch c.verb {
+	case "check":
+		for _, name := range []string{"o", "output"} {
+			f.StringVar(&c.output, name, "table", "")
+		}
+		do = c.check
+	case "apply":
+		f.BoolVar(&c.dryRun, "dry-run", false, "")
+		do = c.apply
+	case "undo":
+		do = c.undo
+	case "-h", "--help", "help":
+		_, err := fmt.Fprint(c.Stdout, Usage)
+		return clean, err
+	default:
+		return errUsage("unknown command %q", c.verb)
+	}
+	switch err := f.Parse(args[1:]); {
+	case errors.Is(err, flag.ErrHelp):
+		_, err := fmt.Fprint(c.Stdout, Usage)
+		return clean, err
+	case err != nil:
+		return errUsage("%w", err)
+	case f.NArg() > 0:
+		return errUsage("%q is one argument too many", f.Arg(0))
+	case c.node != "" && c.rackFile == "":
+		return errUsage("--node needs a rack file, -c FILE")
+	case c.verb == "check" && c.output != "table" && c.output != "json":
+		return errUsage("-o %s: must be table or json", c.output)
+	}
+	return do(ctx)
+}
+
+// host is the machine with what it should be.
+func (c *command) host(ctx context.Context) (*hostprep.Host, error) {
+	h := &hostprep.Host{Root: c.Root}
+	var plan provision.Plan
+	switch err := readJSON(filepath.Join(c.Root, planPath), &plan); {
+	case err == nil && c.rackFile != "":
+		return nil, fmt.Errorf("this host has a plan of its own, %s: leave out -c, or reinstall the node with the other rack file", planPath)
+	case err == nil && plan.Format != provision.PlanFormat:
+		return nil, fmt.Errorf("%s has format %d, this program knows %d: reinstall the node", planPath, plan.Format, provision.PlanFormat)
+	case err == nil:
+		h.Spec, h.Reach, h.Self = plan.Host, hostprep.ReachOf(plan), hostprep.NodeSelf
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("the plan of this host: %w", err)
+	case c.rackFile != "":
+		if c.Rack == nil {
+			return nil, errors.New("this program reads no rack files: use 'platter host'")
+		}
+		t, err := c.Rack(c.rackFile, c.node)
+		if err != nil {
+			return nil, err
+		}
+		h.Spec, h.Reach = t.Spec, t.Reach
+	}
+	if h.Self == nil {
+		self, err := c.self()
+		if err != nil {
+			return nil, err
+		}
+		h.Self = []string{self, "host"}
+	}
+	// Without systemd the steps that need one say so.
+	if _, err := os.Stat("/run/systemd/system"); err == nil && c.Root == "/" && os.Geteuid() == 0 {
+		if h.Systemd, err = hostprep.DialSystemd(ctx); err != nil {
+			fmt.Fprintln(c.Stderr, "host:", err)
+		}
+	}
+	return h, nil
+}
+
+// self is this program. Units will call it at every boot, wherever it is.
+func (c *command) self() (string, error) {
+	self, err := os.Executable()
+	if err == nil {
+		self, err = filepath.EvalSymlinks(self)
+	}
+	if err != nil {
+		return "", fmt.Errorf("finding this program's own file: %w", err)
+	}
+	for _, stays := range []string{"/usr/", "/opt/", "/bin/", "/sbin/"} {
+		if strings.HasPrefix(self, stays) {
+			return self, nil
+		}
+	}
+	if c.verb == "apply" {
+		fmt.Fprintf(c.Stderr, "host: warning: units of this host will call %s at every boot: install the program in /usr/local/bin and run it from there\n", self)
+	}
+	return self, nil
+}
+
+// root lets only root go on.
+func (c *command) root(what string) error {
+	if os.Geteuid() == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s changes the host and has to run as root: nothing was changed", what)
+}
+
+// alone is the lock of the host, or the name of who has it.
+func (c *command) alone(ctx context.Context, h *hostprep.Host) (release func(), err error) {
+	return h.Lock(ctx, func(pid string) error {
+		return fmt.Errorf("process %s is changing this host right now: wait for its end and try again; nothing was changed", pid)
+	})
+}
+
+func (c *command) check(ctx context.Context) (int, error) {
+	h, err := c.host(ctx)
+	if err != nil {
+		return failed, err
+	}
+	results, err := hostprep.Check(ctx, c.steps(h), quiet{})
+	if err != nil {
+		return failed, err
+	}
+	if c.output == "json" {
+		return checked(results), writeJSON(c.Stdout, results)
+	}
+	return checked(results), writeCheck(c.Stdout, results)
+}
+
+func (c *command) apply(ctx context.Context) (int, error) {
+	if c.dryRun {
+		return c.check(ctx)
+	}
+	if err := c.root("host apply"); err != nil {
+		return failed, err
+	}
+	h, err := c.host(ctx)
+	if err != nil {
+		return failed, err
+	}
+	release, err := c.alone(ctx, h)
+	if err != nil {
+		return failed, err
+	}
+	defer release()
+	j, err := hostprep.OpenJournal(h.Root)
+	if err != nil {
+		return failed, err
+	}
+	results, err := hostprep.Apply(ctx, c.steps(h), j, quiet{})
+	var f *provision.Failure
+	if err != nil && !errors.As(err, &f) {
+		return failed, err
+	}
+	return checked(results), writeApply(c.Stdout, results) // the table tells of the failures
+}
+
+// atBoot are the places whose former content only a reboot brings back.
+var atBoot = []string{"/boot/", "/etc/default/grub", "/etc/modprobe.d/", "/etc/modules-load.d/", "/etc/systemd/network/"}
+
+func (c *command) undo(ctx context.Context) (int, error) {
+	if err := c.root("host undo"); err != nil {
+		return failed, err
+	}
+	h, err := c.host(ctx)
+	if err != nil {
+		return failed, err
+	}
+	release, err := c.alone(ctx, h)
+	if err != nil {
+		return failed, err
+	}
+	defer release()
+	j, err := hostprep.OpenJournal(h.Root)
+	if err != nil {
+		return failed, err
+	}
+	if j.Empty() {
+		_, err := fmt.Fprintln(c.Stdout, "There is nothing to undo: no apply has changed this host.")
+		return clean, err
+	}
+	n, reboot := 0, 0
+	undone := j.Undo(func(path string) {
+		n++
+		for _, p := range atBoot {
+			if strings.HasPrefix(path, p) {
+				reboot++
+				path += "  (in effect after a reboot)"
+				break
+			}
+		}
+		fmt.Fprintln(c.Stdout, path)
+	})
+	if h.Systemd != nil {
+		undone = errors.Join(undone, h.Systemd.Reload(ctx))
+	}
+	if undone != nil {
+		return failed, fmt.Errorf("%w: put right what is named and run 'host undo' again", undone)
+	}
+	fmt.Fprintf(c.Stdout, "%d places are as they were before the first apply.\n", n)
+	if reboot > 0 {
+		fmt.Fprintln(c.Stdout, "Reboot the host: some of them count from the next boot on.")
+		return drift, nil
+	}
+	return clean, nil
+}
+
+// checked is the exit code that results come to.
+func checked(results []hostprep.Result) int {
+	code := clean
+	for _, r := range results {
+		switch r.Outcome {
+		case hostprep.Failed:
+			return failed
+		case hostprep.Drift, hostprep.Reboot:
+			code = drift
+		}
+	}
+	return code
+}
+
+// quiet is a Progress without a listener: the table at the end says it all.
+type quiet struct{}
+
+func (quiet) Phase(string, int, int)  {}
+func (quiet) Logf(string, ...any)     {}
+func (quiet) Facts(map[string]string) {}
+
+func readJSON(name string, v any) error {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
