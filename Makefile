@@ -15,7 +15,7 @@ export CGO_ENABLED = 0
 PACKAGES := curl e2fsprogs dosfstools mtools zstd xz-utils iproute2 openssh-client netbase \
 	ipxe mmdebstrap debian-archive-keyring gpg arch-test \
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
-TEST_PACKAGES := fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium gcc libc6-dev
+TEST_PACKAGES := fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium gcc libc6-dev openvswitch-switch
 BENCH_PACKAGES := kexec-tools cpio busybox-static
 
 # Everything that goes into the programs, embedded files too.
@@ -37,11 +37,13 @@ build/.test-deps: Makefile build/.deps
 	@$(call install,$(TEST_PACKAGES))
 	@touch $@
 
-# install installs those of the packages $(1) that are missing.
+# install installs those of the packages $(1) that are missing. Their services
+# are not started: the tests run daemons of their own.
 install = missing=; for p in $(1); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 		echo "installing:$$missing"; \
 		export DEBIAN_FRONTEND=noninteractive; \
+		if [ ! -e /usr/sbin/policy-rc.d ]; then trap 'rm -f /usr/sbin/policy-rc.d' EXIT; printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; fi; \
 		apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; \
 	fi
 
