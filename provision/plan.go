@@ -91,7 +91,7 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 		Image: image, Disk: node.Disk, Reinstall: generation > 1, Layout: DefaultLayout(),
 		Net: NodeNet{MAC: mac, Address: netip.PrefixFrom(node.Address, nw.Subnet.Bits()), Gateway: nw.Gateway, DNS: nw.DNS},
 		// The console is serial and screen: the last one named is /dev/console.
-		Users: r.Users, Cmdline: append([]string{"console=tty0", "console=ttyS0,115200"}, node.Cmdline...),
+		Users: r.Users, Cmdline: append([]string{"console=tty0", "console=ttyS0,115200", "panic=10"}, node.Cmdline...),
 		Finish: node.Finish, Host: r.Host, Stack: StackPlan{Domain: r.Stack.Domain},
 		DiscHost: "https://" + netip.AddrPortFrom(nw.DiscHost, NodeAPIPort).String(),
 		Files:    "http://" + nw.DiscHost.String(),

@@ -66,6 +66,11 @@ func domainXML(lab string, m Machine, accel Accel, bridge string) (string, error
 	if accel == TCG {
 		d.Type = "qemu"
 		d.CPU = &libvirtxml.DomainCPU{Mode: "maximum"}
+		// What a guest would use at a price: walks of five page tables, a
+		// hypervisor of its own, protection keys. Emulation of them is young.
+		for _, name := range []string{"la57", "svm", "pku"} {
+			d.CPU.Features = append(d.CPU.Features, libvirtxml.DomainCPUFeature{Policy: "disable", Name: name})
+		}
 	}
 	switch m.Firmware {
 	case UEFI:

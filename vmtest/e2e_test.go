@@ -24,8 +24,8 @@ import (
 )
 
 // One rack from power-on to a chat message, and everything that is then done
-// to it: the disc host is killed while nodes write, a node loses power, one is
-// installed again.
+// to it: the disc host is killed while nodes write, a kernel panics, a node is
+// installed again, one loses power.
 func TestRack(t *testing.T) {
 	r := newRig(t, fmt.Sprintf(labHead, "e2e-rack")+`
   - {name: node1, mac: "52:54:00:77:01:01", firmware: bios, cpus: 2, memory: 3GiB, disks: [{size: 8GiB, serial: one}]}
@@ -122,12 +122,11 @@ func TestRack(t *testing.T) {
 		}
 	})
 	key := r.ssh("10.77.0.12", "cat /etc/ssh/ssh_host_ed25519_key.pub")
-	// cut pulls a node's plug, switches it on and returns once its own system
-	// speaks again.
-	cut := func(t *testing.T, name string, generation int) {
+	// falls makes a node go down and returns once its own system speaks again
+	// and both nodes are ready.
+	falls := func(t *testing.T, name string, generation int, down func()) {
 		installs := count(r.events(name), isInstallBoot)
-		r.power("off", name)
-		r.power("on", name)
+		down()
 		s := r.await(name+" boots", func(s map[string]provision.State) bool {
 			n, ok := s[name] // the stream tells the states one by one
 			return ok && n.Stage != provision.StageReady
@@ -138,10 +137,13 @@ func TestRack(t *testing.T) {
 		if s.Generation != generation || s.Installed != generation {
 			t.Errorf("generation %d granted, %d installed, want %d", s.Generation, s.Installed, generation)
 		}
+		r.await(name+" is ready again", both(provision.StageReady))
 	}
-	t.Run("a power cut brings a node back from its own disk", func(t *testing.T) {
-		cut(t, "node1", 1)
-		r.await("node1 is ready again", both(provision.StageReady))
+	t.Run("a kernel that panics brings a node back from its own disk", func(t *testing.T) {
+		falls(t, "node1", 1, func() {
+			// Later, so that ssh gets its answer.
+			r.ssh("10.77.0.11", "systemd-run -q --on-active=1s sh -c 'echo c > /proc/sysrq-trigger'")
+		})
 	})
 	t.Run("a reinstalled node rejoins under its name", func(t *testing.T) {
 		r.node("reinstall", "node2")
@@ -160,7 +162,9 @@ func TestRack(t *testing.T) {
 			t.Errorf("the cluster is %q", members)
 		}
 	})
-	t.Run("a power cut under UEFI, which takes another way to the disk", func(t *testing.T) { cut(t, "node2", 2) })
+	t.Run("a power cut brings a node back from its own disk, under UEFI too", func(t *testing.T) {
+		falls(t, "node2", 2, func() { r.power("off", "node2"); r.power("on", "node2") })
+	})
 }
 
 // Machines that must not be installed are not: strangers, a node whose rule

@@ -225,6 +225,8 @@ func (h *Host) cmdline(life, api, token string, mac provision.MAC, ip netip.Pref
 		"platter.mac=" + string(mac), "platter.ip=" + ip.String(),
 		// Serial and screen: the last one named is /dev/console.
 		"console=tty0", "console=ttyS0,115200", "quiet",
+		// A kernel that panics boots again, and the install goes on.
+		"panic=10",
 	}
 	if life != "" {
 		args = append([]string{"platter.life=" + life}, args...)
