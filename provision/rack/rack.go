@@ -90,15 +90,7 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 		r.Users = append(r.Users, p.user(u))
 	}
 	host := top["host"].Fields("bridges")
-	for _, b := range host["bridges"].List() {
-		m := b.Fields("name", "mtu")
-		br := provision.Bridge{
-			Name: yamlfile.Get(m["name"].Required(), parseDevice),
-			MTU:  yamlfile.Get(m["mtu"], yamlfile.Int(576, 65535)),
-		}
-		p.unique(m["name"], "bridge", br.Name)
-		r.Host.Bridges = append(r.Host.Bridges, br)
-	}
+	r.Host.Bridges = p.bridges(host["bridges"])
 	stack := top["stack"].Required().Fields("domain")
 	r.Stack.Domain = yamlfile.Get(stack["domain"].Required(), parseDomain)
 
