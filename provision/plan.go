@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 )
 
 // Plan is everything one install does to one node. The installer carries it
@@ -91,16 +93,33 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 		Image: image, Disk: node.Disk, Reinstall: generation > 1, Layout: DefaultLayout(),
 		Net: NodeNet{MAC: mac, Address: netip.PrefixFrom(node.Address, nw.Subnet.Bits()), Gateway: nw.Gateway, DNS: nw.DNS},
 		// The console is serial and screen: the last one named is /dev/console.
-		Users: r.Users, Cmdline: append([]string{"console=tty0", "console=ttyS0,115200", "panic=10"}, node.Cmdline...),
-		Finish: node.Finish, Host: r.Host, Stack: StackPlan{Domain: r.Stack.Domain},
+		Users: r.Users, Cmdline: []string{"console=tty0", "console=ttyS0,115200"},
+		Finish: node.Finish, Host: r.Host.of(node), Stack: StackPlan{Domain: r.Stack.Domain},
 		DiscHost: "https://" + netip.AddrPortFrom(nw.DiscHost, NodeAPIPort).String(),
 		Files:    "http://" + nw.DiscHost.String(),
 	}
+	for _, s := range p.Host.Of(Cmdline) {
+		p.Cmdline = append(p.Cmdline, s.Arg())
+	}
+	// The kernel follows the last of two that contradict each other.
+	p.Cmdline = append(p.Cmdline, node.Cmdline...)
 	for _, n := range r.Nodes {
 		p.Hosts = append(p.Hosts, Host{n.Name, n.Address})
 		p.Stack.Members = append(p.Stack.Members, n.Name)
 	}
 	return p, nil
+}
+
+// of is the host as one node has it: kernel arguments of its own take the place
+// of the rack's.
+func (h HostSpec) of(node Node) HostSpec {
+	own := map[string]bool{}
+	for _, arg := range node.Cmdline {
+		key, _, _ := strings.Cut(arg, "=")
+		own[key] = true
+	}
+	h.Settings = slices.DeleteFunc(slices.Clone(h.Settings), func(s Setting) bool { return s.Kind == Cmdline && own[s.Key] })
+	return h
 }
 
 // Ports that nodes use on the disc host.

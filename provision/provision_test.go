@@ -2,6 +2,7 @@ package provision
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -60,6 +61,29 @@ func TestAnInstallFromGrantToReady(t *testing.T) {
 	s = fold(s, report(1, Report{Stage: StageInstalled}))
 	if !s.GrantOpen {
 		t.Error("a report of generation 1 closed the grant of generation 2")
+	}
+}
+
+// The command line is: console, the profile's arguments, the node's own last.
+func TestCmdline(t *testing.T) {
+	r := &Rack{
+		Networks: []Network{{Subnet: netip.MustParsePrefix("10.0.0.0/24"), DiscHost: netip.MustParseAddr("10.0.0.1")}},
+		Host: HostSpec{Settings: []Setting{
+			{Kind: Cmdline, Key: "panic", Value: "10"}, {Kind: Sysctl, Key: "vm.swappiness", Value: "10"},
+			{Kind: Cmdline, Key: "mitigations", Value: "auto"}, {Kind: Cmdline, Key: "nosmt"},
+		}},
+	}
+	n := Node{Name: "n", Address: netip.MustParseAddr("10.0.0.2"), Cmdline: []string{"mitigations=off", "debug"}}
+	p, err := PlanFor(r, n, "", 1, ImageRef{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(p.Cmdline, " "); got != "console=tty0 console=ttyS0,115200 panic=10 nosmt mitigations=off debug" {
+		t.Errorf("command line %q", got)
+	}
+	// What the node has its own of is not asked of it.
+	if len(p.Host.Settings) != 3 || len(r.Host.Settings) != 4 {
+		t.Errorf("settings of the node %v, of the rack %v", p.Host.Settings, r.Host.Settings)
 	}
 }
 

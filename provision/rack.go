@@ -83,6 +83,25 @@ type HostSpec struct {
 	Guests   GuestSpec `json:"guests,omitzero"`
 }
 
+// Of returns the settings of one kind, in order.
+func (h HostSpec) Of(kind SettingKind) []Setting {
+	var out []Setting
+	for _, s := range h.Settings {
+		if s.Kind == kind {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// Arg is a setting of kind Cmdline as the kernel reads it.
+func (s Setting) Arg() string {
+	if s.Value == "" {
+		return s.Key
+	}
+	return s.Key + "=" + s.Value
+}
+
 // Setting is one value of the kernel or of its surroundings.
 type Setting struct {
 	Kind   SettingKind `json:"kind"`

@@ -281,7 +281,7 @@ func TestTwoNodes(t *testing.T) {
 	if a["life"] != "installer" || a["url"] != "https://10.9.0.1:8443" || a["mac"] != string(mac1) || a["ip"] != "10.9.0.11/24" || a["pin"] != l.host.Site.Pin() || len(a["token"]) != 64 {
 		t.Fatalf("%v\n%s", a, script)
 	}
-	for _, want := range []string{"http://10.9.0.1/objects/" + strings.Repeat("01", 32), "http://10.9.0.1/objects/" + strings.Repeat("02", 32), "console=ttyS0,115200", "quiet"} {
+	for _, want := range []string{"http://10.9.0.1/objects/" + strings.Repeat("01", 32), "http://10.9.0.1/objects/" + strings.Repeat("02", 32), "console=ttyS0,115200", "quiet", "panic=10"} {
 		if !strings.Contains(script, want) {
 			t.Fatalf("%s is not in\n%s", want, script)
 		}

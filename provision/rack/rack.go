@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"platter/hostprep/profile"
 	"platter/provision"
 	"platter/provision/yamlfile"
 )
@@ -89,7 +90,8 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 	for _, u := range top["users"].List() {
 		r.Users = append(r.Users, p.user(u))
 	}
-	host := top["host"].Fields("bridges")
+	host := top["host"].Fields("profile", "kernel", "hugepages", "isolate", "bridges")
+	p.kernel(host, top["host"], &r.Host)
 	r.Host.Bridges = p.bridges(host["bridges"])
 	stack := top["stack"].Required().Fields("domain")
 	r.Stack.Domain = yamlfile.Get(stack["domain"].Required(), parseDomain)
@@ -107,6 +109,46 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 		top["networks"].Failf("networks has no network")
 	}
 	return r
+}
+
+// kernel resolves the settings of every host.
+func (p *parser) kernel(m map[string]yamlfile.Value, host yamlfile.Value, spec *provision.HostSpec) {
+	wish := profile.Wish{Profile: profile.Default}
+	if m["profile"].Exists() {
+		if wish.Profile = yamlfile.Get(m["profile"], profile.Name); wish.Profile == "" {
+			wish.Profile = profile.Default // to find what else is wrong
+		}
+	}
+	var kinds []string
+	for _, k := range profile.Kinds() {
+		kinds = append(kinds, string(k))
+	}
+	kernel := m["kernel"].Fields(kinds...)
+	for _, kind := range profile.Kinds() {
+		for _, line := range kernel[string(kind)].Pairs() {
+			key := yamlfile.Get(line.Key, profile.Key(kind))
+			if key == "" {
+				continue
+			}
+			if value := yamlfile.Get(line.Value.Required(), profile.Value(kind, key)); value != "" {
+				wish.Overrides = append(wish.Overrides, provision.Setting{Kind: kind, Key: key, Value: value})
+			}
+		}
+	}
+	if m["hugepages"].Exists() {
+		h := m["hugepages"].Fields("size", "count")
+		wish.Hugepages.Size = yamlfile.Get(h["size"].Required(), profile.PageSize)
+		wish.Hugepages.Count = yamlfile.Get(h["count"].Required(), profile.PageCount(wish.Hugepages.Size))
+		if wish.Hugepages.Size == "" || wish.Hugepages.Count == 0 {
+			wish.Hugepages = profile.Hugepages{} // said already
+		}
+	}
+	wish.Isolate = yamlfile.Get(m["isolate"], profile.CPUs)
+	settings, errs := profile.Resolve(wish)
+	for _, err := range errs {
+		host.Failf("%v", err)
+	}
+	spec.Profile, spec.Settings = wish.Profile, settings
 }
 
 func (p *parser) network(v yamlfile.Value, others []provision.Network) provision.Network {

@@ -41,6 +41,27 @@ func TestEveryKeyIsRead(t *testing.T) {
 	if len(r.Users) != 2 || len(r.Users[1].Keys) != 1 || !strings.HasSuffix(r.Users[1].Keys[0], "ops@example") {
 		t.Errorf("users are %+v", r.Users)
 	}
+	has := map[string]string{}
+	for _, s := range r.Host.Settings {
+		has[string(s.Kind)+" "+s.Key] = s.Value
+		if s.Why == "" || s.Source == "" {
+			t.Errorf("%s %s has no reason", s.Kind, s.Key)
+		}
+	}
+	for key, want := range map[string]string{
+		"cmdline mitigations": "auto,nosmt", "sysctl net.core.somaxconn": "8192", "sysctl net.ipv4.tcp_rmem": "4096 131072 16777216",
+		"sysfs kernel/mm/transparent_hugepage/enabled": "always", "disk nvme/scheduler": "mq-deadline", "cpu scaling_governor": "",
+		"module kvm_intel.nested": "0", "limit nofile": "65536:524288", "alarm memory-available": "3",
+		"cmdline hugepagesz": "1G", "cmdline hugepages": "16", "sysfs kernel/mm/ksm/run": "0", "cmdline isolcpus": "domain,managed_irq,2-7,10",
+		"sysctl vm.swappiness": "10", // of the profile
+	} {
+		if has[key] != want {
+			t.Errorf("%s is %q, want %q", key, has[key], want)
+		}
+	}
+	if r.Host.Profile != "virtualisation" {
+		t.Errorf("profile is %q", r.Host.Profile)
+	}
 	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Host.Bridges[0].Name != "br-vm" {
 		t.Errorf("rack is %+v", r)
 	}
@@ -74,6 +95,14 @@ func TestEveryMistakeIsNamedWithItsLine(t *testing.T) {
 		{28, "mac 52:54:00:00:00:01 is already used on line 24"},
 		{29, "not a host address of 10.99.0.0/24"},
 		{30, `unknown key "slots", did you mean "slot"?`},
+		{32, `profile "virtualization": is not a profile, did you mean "virtualisation"?`},
+		{35, `sysctl "net.core.somaxcon": is not in the catalogue, did you mean "net.core.somaxconn"?`},
+		{36, `vm.swappiness "900": must be a whole number from 0 to 200`},
+		{37, "must not fall from left to right"},
+		{39, `unknown key "modules", did you mean "module"?`},
+		{40, "must be a whole number, or two as SOFT:HARD from 1024 to 1048576"},
+		{41, "must be 2M or 1G"}, {41, "must be a whole number from 1 to"},
+		{42, "must leave CPU 0 to the host"},
 	}
 	text := err.Error()
 	for _, w := range want {

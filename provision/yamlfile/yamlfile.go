@@ -177,7 +177,7 @@ func (v Value) Fields(known ...string) map[string]Value {
 		}
 		seen[key.Value] = key.Line
 		if !slices.Contains(known, key.Value) {
-			at.Failf("unknown key %q%s", key.Value, suggest(key.Value, known))
+			at.Failf("unknown key %q%s", key.Value, Suggest(key.Value, known))
 			continue
 		}
 		if val.Kind == yaml.AliasNode {
@@ -185,6 +185,36 @@ func (v Value) Fields(known ...string) map[string]Value {
 			continue
 		}
 		out[key.Value] = Value{f: v.f, node: val, parent: key, where: key.Value}
+	}
+	return out
+}
+
+// Pair is one line of a mapping whose keys are data.
+type Pair struct {
+	Key   Value // exists always; Get it as any scalar
+	Value Value
+}
+
+// Pairs reads a mapping whose keys are data, in file order; an absent one is
+// empty. A key that is given twice is reported.
+func (v Value) Pairs() []Pair {
+	if !v.Exists() {
+		return nil
+	}
+	var keys []string
+	if v.node.Kind == yaml.MappingNode {
+		for i := 0; i < len(v.node.Content); i += 2 {
+			keys = append(keys, v.node.Content[i].Value)
+		}
+	}
+	fields := v.Fields(keys...)
+	var out []Pair
+	for i, k := range keys {
+		if slices.Contains(keys[:i], k) {
+			continue
+		}
+		key := Value{f: v.f, node: v.node.Content[2*i], parent: v.node, where: v.where}
+		out = append(out, Pair{key, fields[k]})
 	}
 	return out
 }
@@ -303,8 +333,9 @@ func kind(n *yaml.Node) string {
 	return "a single value"
 }
 
-// suggest names the known key that is closest to got, if one is close.
-func suggest(got string, known []string) string {
+// Suggest completes a message about a word that is not known: it names the
+// known one that is closest, or all of them.
+func Suggest(got string, known []string) string {
 	best, bestD := "", 3
 	for _, k := range known {
 		if d := distance(got, k); d < bestD {
