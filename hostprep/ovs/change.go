@@ -3,6 +3,7 @@ package ovs
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/ovn-kubernetes/libovsdb/ovsdb"
@@ -61,16 +62,9 @@ func DeleteBridge(name string) Change {
 // bridge to another without its device being touched.
 func AddPort(bridge string, p Port) Change {
 	return Change{func(e *edit) error {
-		on, id := e.bridge(bridge), e.made[bridge]
-		if on != nil {
-			id = on.id
-			// Somebody may have taken the bridge away meanwhile: then all of
-			// this shall fail.
-			e.ops = append(e.ops, ovsdb.Operation{Op: ovsdb.OperationWait, Table: "Bridge", Until: string(ovsdb.WaitConditionEqual), Timeout: new(0),
-				Where: is(id), Columns: []string{"name"}, Rows: []ovsdb.Row{{"name": bridge}}})
-		}
-		if id == "" {
-			return fmt.Errorf("port %s: there is no bridge %s", p.Name, bridge)
+		id, err := e.target(p.Name, bridge)
+		if err != nil {
+			return err
 		}
 		if len(p.Interfaces) == 0 {
 			p.Interfaces = []Interface{{Name: p.Name}}
@@ -101,6 +95,24 @@ func DeletePort(name string) Change {
 	}}
 }
 
+// MovePort puts a port that is there onto another bridge, with everything that
+// it has; its device is not touched.
+func MovePort(port, bridge string) Change {
+	return Change{func(e *edit) error {
+		from, p := e.port(port)
+		if p == nil {
+			return fmt.Errorf("there is no port %s", port)
+		}
+		to, err := e.target(port, bridge)
+		if err != nil {
+			return err
+		}
+		e.unlink("Bridge", from.id, "ports", p.id)
+		e.link("Bridge", to, "ports", p.id)
+		return nil
+	}}
+}
+
 // SetVLAN changes the VLANs of a port that is there.
 func SetVLAN(port string, v VLAN) Change {
 	return Change{func(e *edit) error {
@@ -115,12 +127,28 @@ func SetVLAN(port string, v VLAN) Change {
 
 // SetMTU asks for an MTU of an interface that is there; 0 takes the wish back.
 func SetMTU(name string, mtu int) Change {
+	return setInterface(name, func(Interface) ovsdb.Row { return ovsdb.Row{"mtu_request": count(mtu)} })
+}
+
+// SetIDs adds to the external_ids of an interface that is there, or changes
+// those.
+func SetIDs(name string, ids map[string]string) Change {
+	return setInterface(name, func(i Interface) ovsdb.Row {
+		all := maps.Clone(i.ExternalIDs)
+		maps.Copy(all, ids)
+		return ovsdb.Row{"external_ids": mapping(all)}
+	})
+}
+
+func setInterface(name string, row func(Interface) ovsdb.Row) Change {
 	return Change{func(e *edit) error {
 		for _, b := range e.bridges {
 			for _, p := range b.Ports {
-				if i := slices.IndexFunc(p.Interfaces, func(i Interface) bool { return i.Name == name }); i >= 0 {
-					e.update("Interface", p.Interfaces[i].id, ovsdb.Row{"mtu_request": count(mtu)})
-					return nil
+				for _, i := range p.Interfaces {
+					if i.Name == name {
+						e.update("Interface", i.id, row(i))
+						return nil
+					}
 				}
 			}
 		}
@@ -130,7 +158,8 @@ func SetMTU(name string, mtu int) Change {
 
 // Apply carries the changes out, all or none, and returns when the switch has
 // acted on them: devices that it makes are there, ports have their number. What
-// the switch could not do is in the Error of an Interface, not here.
+// the switch could not do is in the Error of an Interface, not here; every
+// Apply, also one of no change, has the switch try that again.
 func (s *Switch) Apply(ctx context.Context, changes ...Change) error {
 	e, err := s.write(ctx, changes)
 	if err != nil {
@@ -163,6 +192,21 @@ func (s *Switch) Commit(ctx context.Context, changes ...Change) error {
 	}
 	_, err = s.transact(ctx, e.ops...)
 	return err
+}
+
+// target is the row of a bridge that gets a port.
+func (e *edit) target(port, bridge string) (string, error) {
+	if id := e.made[bridge]; id != "" {
+		return id, nil
+	}
+	b := e.bridge(bridge)
+	if b == nil {
+		return "", fmt.Errorf("port %s: there is no bridge %s", port, bridge)
+	}
+	// Somebody may take the bridge away meanwhile: then all of this shall fail.
+	e.ops = append(e.ops, ovsdb.Operation{Op: ovsdb.OperationWait, Table: "Bridge", Until: string(ovsdb.WaitConditionEqual), Timeout: new(0),
+		Where: is(b.id), Columns: []string{"name"}, Rows: []ovsdb.Row{{"name": bridge}}})
+	return b.id, nil
 }
 
 func (s *Switch) write(ctx context.Context, changes []Change) (*edit, error) {

@@ -108,6 +108,15 @@ func TestSwitch(t *testing.T) {
 	if after, err := netlink.LinkByName("vnet0"); err != nil || after.Attrs().Index != before.Attrs().Index {
 		t.Error("the device did not stay")
 	}
+	// Or with all it has.
+	apply(ovs.MovePort("vnet0", "br0"), ovs.SetVLAN("vnet0", ovs.VLAN{Tag: new(7)}), ovs.SetIDs("vnet0", map[string]string{"vm-id": "0ff1"}))
+	vnet.VLAN = ovs.VLAN{Tag: new(7)}
+	vnet.Interfaces[0].ExternalIDs = map[string]string{"vm-id": "0ff1", "iface-id": "77aa"}
+	want[0].Ports, want[1].Ports = append(want[0].Ports, vnet), want[1].Ports[:1]
+	same()
+	apply(ovs.MovePort("vnet0", "br1"))
+	want[0].Ports, want[1].Ports = want[0].Ports[:2], append(want[1].Ports, vnet)
+	same()
 	// A transaction that fails leaves all as it was.
 	for _, changes := range [][]ovs.Change{
 		{ovs.DeletePort("bond0"), ovs.AddPort("br7", ovs.Port{Name: "x"})},
