@@ -8,6 +8,7 @@ GO          ?= go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 STORE       := build/store
 KEY         := build/keys/image.key
+BOOTS       ?= 50
 export CGO_ENABLED = 0
 
 # Debian packages: what the disc host, the image build and the lab use, what the
@@ -80,8 +81,8 @@ test: lint unit image slow e2e ## everything that CI runs
 .PHONY: lint
 lint: build ## gofmt, vet, staticcheck
 	@bad=$$(gofmt -l cmd provision pxe hostprep images vmtest); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
-	$(GO) vet ./... && $(GO) vet -tags e2e,slow,bench ./...
-	$(GO) run $(STATICCHECK) -tags e2e,slow,bench ./...
+	$(GO) vet ./... && $(GO) vet -tags e2e,slow,bench,soak ./...
+	$(GO) run $(STATICCHECK) -tags e2e,slow,bench,soak ./...
 
 .PHONY: unit
 unit: build/.test-deps ## unit tests and fuzz seeds, with the race detector
@@ -94,12 +95,16 @@ slow: image build/.test-deps ## tests that need the built image: real ejabberd c
 
 .PHONY: e2e
 e2e: image build/.test-deps ## racks of VMs from power-on to a chat message
-	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe' ./vmtest
+	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe|TestHost' ./vmtest
 
 .PHONY: bench
 bench: image ## one node from power-on to ready beside an unverified floor, phase by phase
 	@$(call install,$(BENCH_PACKAGES))
 	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
+
+.PHONY: soak
+soak: image build/.test-deps ## many reboots and power cuts of a prepared host with VMs, beside the stock image; BOOTS=50
+	PLATTER_SOAK=$(BOOTS) $(GO) test -tags soak -timeout 12h -v -run TestSoak ./vmtest
 
 .PHONY: clean
 clean: demo-down ## remove everything built

@@ -1,0 +1,358 @@
+//go:build e2e || soak
+
+package vmtest_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"platter/provision"
+)
+
+// A guest is a domain of the host under test. It has no disk, no system and no
+// ACPI: its network card's own ROM asks for a lease, and a lease proves that
+// its port forwards both ways, in the VLAN whose server gave it.
+type guest struct {
+	name, bridge string
+	tag          int
+}
+
+var guests = []guest{
+	{"vm1", "br-a", 10}, {"vm2", "br-b", 10}, {"vm3", "br-a", 20},
+	{"vm4", "br-b", 30}, {"vm5", "br-a", 10}, {"vm6", "br-b", 10},
+}
+
+// prefix of the subnet that the guest's VLAN has a DHCP server for.
+func (g guest) prefix() string { return subnet(g.bridge, g.tag) }
+
+func subnet(bridge string, tag int) string {
+	return fmt.Sprintf("10.%d.%d.", 100+int(bridge[3]-'a'), tag)
+}
+
+func (g guest) xml(n int) string {
+	return fmt.Sprintf(`<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='pc'>hvm</type><boot dev='network'/></os>
+<devices><controller type='usb' model='none'/>
+<interface type='bridge'><mac address='52:54:00:aa:00:%02x'/><source bridge='%s'/>
+<virtualport type='openvswitch'/><vlan><tag id='%d'/></vlan><model type='virtio'/></interface>
+<memballoon model='none'/></devices></domain>`, g.name, n+1, g.bridge, g.tag)
+}
+
+// host is an installed node under test.
+type host struct {
+	*rig
+	addr string
+}
+
+const platterHost = "/usr/lib/platter/platter-node host "
+
+// setUp defines the guests, to be started at boot, and a DHCP server in every
+// VLAN.
+func (h host) setUp() {
+	h.t.Helper()
+	var s strings.Builder
+	s.WriteString("set -eu\n")
+	for i, g := range guests {
+		fmt.Fprintf(&s, "virsh -q define /dev/stdin <<'EOF'\n%s\nEOF\nvirsh -q autostart %s\n", g.xml(i), g.name)
+	}
+	args, pre := "", ""
+	for _, g := range guests {
+		dev := fmt.Sprintf("dh-%c%d", g.bridge[3], g.tag)
+		if strings.Contains(pre, dev+" ") {
+			continue
+		}
+		fmt.Fprintf(&s, "ovs-vsctl --may-exist add-port %s %s tag=%d -- set interface %s type=internal\n", g.bridge, dev, g.tag, dev)
+		pre += fmt.Sprintf("ExecStartPre=/bin/sh -c 'until ip link set %s up; do sleep 1; done; ip addr replace %s1/24 dev %s'\n", dev, g.prefix(), dev)
+		args += fmt.Sprintf(" --interface=%s --dhcp-range=%s10,%s200", dev, g.prefix(), g.prefix())
+	}
+	fmt.Fprintf(&s, `cat > /etc/systemd/system/test-leases.service <<'EOF'
+[Unit]
+After=ovs-vswitchd.service
+[Service]
+TimeoutStartSec=infinity
+%sExecStart=/usr/sbin/dnsmasq -k -C /dev/null -p 0 -u root --bind-interfaces --dhcp-leasefile=/run/test-leases%s
+[Install]
+WantedBy=multi-user.target
+EOF
+systemctl -q daemon-reload; systemctl -q enable --now test-leases
+`, pre, args)
+	h.script(s.String())
+}
+
+// script runs a shell script on the host.
+func (h host) script(text string) string {
+	h.t.Helper()
+	out, err := h.try(text)
+	if err != nil {
+		h.t.Fatalf("on the host: %v\n%s\n%s", err, text, out)
+	}
+	return strings.TrimSpace(out)
+}
+
+func (h host) try(text string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), stall)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, h.bin(), "lab", "exec", "--state", h.lab, "--", "ssh", "-i", h.dir+"/key",
+		"-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
+		"-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=12", "root@"+h.addr, "sh -s")
+	cmd.Stdin = strings.NewReader(text)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func (h host) bootID() string { return h.script("cat /proc/sys/kernel/random/boot_id") }
+
+// falls makes the host go down and returns once its next boot has ended.
+func (h host) falls(how string) {
+	h.t.Helper()
+	before := h.bootID()
+	if how == "cut" {
+		h.power("off", "node1")
+		h.power("on", "node1")
+	} else {
+		h.try("systemctl reboot") // the connection may end first
+	}
+	for began := time.Now(); ; {
+		out, err := h.try("cat /proc/sys/kernel/random/boot_id")
+		if id := strings.TrimSpace(out); err == nil && id != before {
+			break
+		}
+		if time.Since(began) > stall {
+			h.t.Fatalf("the host did not come back after %s: %v %s", how, err, out)
+		}
+		if err != nil {
+			time.Sleep(time.Second) // refused at once: between two tries, not for an event
+		}
+	}
+	h.try("systemctl is-system-running --wait")
+}
+
+// fault is one thing that is wrong with a guest or with the switch.
+type fault struct{ who, what string }
+
+// faults looks at every guest and at the switch, when every guest has its lease
+// or none has come for a while.
+func (h host) faults(patience time.Duration) (found []fault) {
+	h.t.Helper()
+	out := h.script(fmt.Sprintf(`
+n=-1; left=%d
+while [ $left -gt 0 ]; do
+	now=$(grep -c . /run/test-leases 2>/dev/null) || true
+	[ "$now" = %d ] && break
+	[ "$now" = "$n" ] || { n=$now; left=%d; }
+	left=$((left - 2)); sleep 2
+done
+for vm in $(virsh list --all --name); do
+	dev=$(virsh domiflist $vm | awk 'NR > 2 && NF { print $1 }')
+	mac=$(virsh domiflist $vm | awk 'NR > 2 && NF { print $5 }')
+	lease=$(awk -v mac=$mac '$2 == mac { print $3 }' /run/test-leases)
+	echo "guest $vm $(virsh domstate $vm | tr -d ' \n') ${lease:--} $(ovs-vsctl port-to-br $dev 2>/dev/null || echo -) $(ovs-vsctl get port $dev tag 2>/dev/null || echo -) $(ovs-vsctl get interface $dev ofport 2>/dev/null || echo -)"
+done
+for dev in $(ovs-vsctl --bare --columns=name find interface 'external_ids:vm-id!=""'); do
+	[ -e /sys/class/net/$dev ] || echo "stale $dev"
+done`, int(patience.Seconds()), len(guests), int(patience.Seconds())))
+	seen := map[string]bool{}
+	for line := range strings.Lines(out) {
+		f := strings.Fields(line)
+		switch {
+		case len(f) == 2 && f[0] == "stale":
+			found = append(found, fault{f[1], "its row has no device"})
+		case len(f) == 7 && f[0] == "guest":
+			i := slices.IndexFunc(guests, func(g guest) bool { return g.name == f[1] })
+			if i < 0 {
+				continue
+			}
+			seen[f[1]] = true
+			found = append(found, guests[i].faults(f[2], f[3], f[4], f[5], f[6])...)
+		}
+	}
+	for _, g := range guests {
+		if !seen[g.name] {
+			found = append(found, fault{g.name, "is not there: " + out})
+		}
+	}
+	return found
+}
+
+func (g guest) faults(state, lease, bridge, tag, ofport string) (found []fault) {
+	if state != "running" {
+		return []fault{{g.name, "is " + state}}
+	}
+	if !strings.HasPrefix(lease, g.prefix()) {
+		found = append(found, fault{g.name, "has the lease " + lease + ", want " + g.prefix() + "x"})
+	}
+	if bridge != g.bridge || tag != strconv.Itoa(g.tag) {
+		found = append(found, fault{g.name, fmt.Sprintf("is on %s with tag %s, want %s with %d", bridge, tag, g.bridge, g.tag)})
+	}
+	if n, err := strconv.Atoi(ofport); err != nil || n <= 0 {
+		found = append(found, fault{g.name, "has the OpenFlow port " + ofport})
+	}
+	return found
+}
+
+// newHost installs a node with two bridges.
+func newHost(t *testing.T) host {
+	t.Helper()
+	r := newRig(t, fmt.Sprintf(labHead, "host")+`
+  - {name: node1, mac: "52:54:00:77:05:01", cpus: 2, memory: 4GiB, disks: [{size: 8GiB, serial: one}]}
+`, strings.Replace(rackHead, "nodes:", "host: {bridges: [{name: br-a}, {name: br-b}]}\nnodes:", 1)+`
+  - {name: node1, mac: "52:54:00:77:05:01", address: 10.77.0.11}
+`)
+	r.power("on", "node1")
+	r.await("the host is ready", stageIs("node1", provision.StageReady))
+	return host{r, "10.77.0.11"}
+}
+
+// files is a hash over every file that says how the host starts.
+const files = `find /etc /boot /usr/lib/systemd /usr/lib/tmpfiles.d /usr/lib/udev -xdev \( -type f -o -type l \) ! -name '.updated' ! -path '/etc/openvswitch/*' ! -path '/etc/libvirt/*' ! -path '/etc/platter/*' | sort | while read -r f; do echo "$f $(stat -c '%a %u %g' "$f") $(readlink "$f") $(sha256sum < "$f" 2>/dev/null)"; done`
+
+// platter runs a host command and returns its exit code and output.
+func (h host) platter(command string) (int, string) {
+	h.t.Helper()
+	out := h.script("code=0; " + platterHost + command + " 2>&1 || code=$?; echo; echo exit $code")
+	text, last, _ := strings.Cut(out, "\nexit ")
+	code, err := strconv.Atoi(strings.TrimSpace(last))
+	if err != nil {
+		h.t.Fatalf("host %s: %s", command, out)
+	}
+	return code, strings.TrimSpace(text)
+}
+
+func (h host) want(code int, command string) string {
+	h.t.Helper()
+	got, out := h.platter(command)
+	if got != code {
+		h.t.Errorf("host %s ends with %d, want %d:\n%s", command, got, code, out)
+	}
+	return out
+}
+
+// stock makes the host what the image alone would be, and changes the order in
+// which guests get their ports, as days of work would.
+func (h host) stock() {
+	h.t.Helper()
+	h.want(0, "undo")
+	h.script("systemctl -q disable platter-agent; systemctl daemon-reload")
+}
+
+func (h host) reversed() {
+	h.t.Helper()
+	h.script(`for vm in $(virsh list --name); do virsh -q destroy $vm; done
+for dev in $(ovs-vsctl --bare --columns=name find interface 'external_ids:vm-id!=""'); do ovs-vsctl --if-exists del-port $dev; done
+for vm in vm6 vm5 vm4 vm3 vm2 vm1; do virsh -q start $vm; done`)
+}
+
+// TestHost: guests that ignore ACPI run in their VLANs after a clean reboot and
+// after a power cut of the prepared host, and do not on the stock image. What
+// the preparation changes is undone to the byte.
+func TestHost(t *testing.T) {
+	h := newHost(t)
+	t.Log(h.want(0, "check"))
+	h.setUp()
+	t.Log(h.want(0, "start-guests"))
+	good := func(when string) {
+		t.Helper()
+		began := time.Now()
+		for _, f := range h.faults(3 * time.Minute) {
+			t.Errorf("%s: %s %s", when, f.who, f.what)
+		}
+		t.Logf("%s: looked at after %s", when, time.Since(began).Round(time.Second))
+	}
+	good("first start")
+	for _, how := range []string{"reboot", "cut"} {
+		h.falls(how)
+		good("prepared, after " + how)
+		if t.Failed() {
+			t.Log(h.script("journalctl -b -u platter-guests -u platter-ovs-purge -u libvirtd -u platter-agent --no-pager | tail -60; ovs-vsctl show"))
+			return
+		}
+	}
+
+	h.stock()
+	bytes := h.script(files)
+	h.reversed()
+	h.falls("cut")
+	if found := h.faults(time.Minute); len(found) == 0 {
+		t.Error("the stock image has no fault: this test proves nothing")
+	} else {
+		t.Logf("stock, after cut: %v", found)
+	}
+	deviations := h.want(3, "check")
+	t.Logf("the stock host deviates:\n%s", deviations)
+	t.Log(h.want(3, "apply")) // 3: a reboot is due
+	h.falls("reboot")
+	h.want(0, "check")
+	applied := h.script(files)
+	h.want(0, "apply")
+	if again := h.script(files); again != applied {
+		t.Errorf("the second apply changed files:\n%s", lineDiff(applied, again))
+	}
+	h.want(0, "undo")
+	if after := h.script(files); after != bytes {
+		t.Errorf("undoing left files different:\n%s", lineDiff(bytes, after))
+	}
+}
+
+// lineDiff names the lines that only one of two sorted texts has.
+func lineDiff(a, b string) string {
+	var out []string
+	as, bs := strings.Split(a, "\n"), strings.Split(b, "\n")
+	for _, l := range as {
+		if !slices.Contains(bs, l) {
+			out = append(out, "- "+l)
+		}
+	}
+	for _, l := range bs {
+		if !slices.Contains(as, l) {
+			out = append(out, "+ "+l)
+		}
+	}
+	return strings.Join(out, "\n")
+}
+
+// TestSoak: many boots of the prepared host and of the stock image, clean ones
+// and power cuts mixed, side by side. PLATTER_SOAK says how many; 50.
+func TestSoak(t *testing.T) {
+	if os.Getenv("PLATTER_SOAK") == "" {
+		t.Skip("runs with make soak only")
+	}
+	boots, err := strconv.Atoi(os.Getenv("PLATTER_SOAK"))
+	if err != nil || boots < 1 {
+		t.Fatalf("PLATTER_SOAK=%q is no number of boots", os.Getenv("PLATTER_SOAK"))
+	}
+	h := newHost(t)
+	h.setUp()
+	h.want(0, "start-guests")
+	run := func(kind string, n int, prepare func()) (faulty, faults int) {
+		for i := range n {
+			prepare()
+			how := []string{"reboot", "cut", "cut"}[i%3]
+			h.falls(how)
+			found := h.faults(2 * time.Minute)
+			if len(found) > 0 {
+				faulty++
+				faults += len(found)
+			}
+			t.Logf("%s %d/%d, %s: %d faults %v", kind, i+1, n, how, len(found), found)
+		}
+		return faulty, faults
+	}
+	faulty, faults := run("prepared", boots, func() {})
+	h.stock()
+	n := min(boots, 6) // what fails every time needs no fifty
+	stockFaulty, stockFaults := run("stock", n, h.reversed)
+	fmt.Printf("\n            boots  boots with faults  faults\nprepared    %5d  %17d  %6d\nstock image %5d  %17d  %6d\n\n", boots, faulty, faults, n, stockFaulty, stockFaults)
+	if faulty > 0 {
+		t.Errorf("%d of %d boots of the prepared host had faults", faulty, boots)
+	}
+	if stockFaulty == 0 {
+		t.Error("the stock image has no fault: this soak proves nothing")
+	}
+}
