@@ -90,9 +90,16 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 	for _, u := range top["users"].List() {
 		r.Users = append(r.Users, p.user(u))
 	}
-	host := top["host"].Fields("profile", "kernel", "hugepages", "isolate", "bridges")
+	host := top["host"].Fields("profile", "kernel", "hugepages", "isolate", "bridges", "guests")
 	p.kernel(host, top["host"], &r.Host)
 	r.Host.Bridges = p.bridges(host["bridges"])
+	guests := host["guests"].Fields("parallel", "delay", "stop-within", "memory-percent")
+	r.Host.Guests = provision.GuestSpec{
+		Parallel:      yamlfile.Get(guests["parallel"], yamlfile.Int(1, 64)),
+		Delay:         yamlfile.Get(guests["delay"], parseTime(0, 10*time.Minute)),
+		StopWithin:    yamlfile.Get(guests["stop-within"], parseTime(5*time.Second, time.Hour)),
+		MemoryPercent: yamlfile.Get(guests["memory-percent"], yamlfile.Int(10, 120)),
+	}
 	stack := top["stack"].Required().Fields("domain")
 	r.Stack.Domain = yamlfile.Get(stack["domain"].Required(), parseDomain)
 
@@ -188,7 +195,7 @@ func (p *parser) network(v yamlfile.Value, others []provision.Network) provision
 		}
 	}
 	if m["lease"].Exists() {
-		n.Lease = yamlfile.Get(m["lease"], parseLease)
+		n.Lease = yamlfile.Get(m["lease"], parseTime(time.Minute, 7*24*time.Hour))
 	}
 	return n
 }
@@ -355,12 +362,16 @@ func parseRange(s string) ([2]netip.Addr, error) {
 	return [2]netip.Addr{a, b}, nil
 }
 
-func parseLease(s string) (time.Duration, error) {
-	d, err := time.ParseDuration(s)
-	if err != nil || d < time.Minute || d > 7*24*time.Hour {
-		return 0, errors.New("must be a time from 1m to 168h")
+// parseTime takes a time from lo to hi, such as 90s or 10m.
+func parseTime(lo, hi time.Duration) func(string) (time.Duration, error) {
+	words := strings.NewReplacer("h0m0s", "h", "m0s", "m")
+	return func(s string) (time.Duration, error) {
+		d, err := time.ParseDuration(s)
+		if err != nil || d < lo || d > hi {
+			return 0, fmt.Errorf("must be a time from %s to %s", words.Replace(lo.String()), words.Replace(hi.String()))
+		}
+		return d, nil
 	}
-	return d, nil
 }
 
 func parsePage(s string) (string, error) {

@@ -62,6 +62,9 @@ func TestEveryKeyIsRead(t *testing.T) {
 	if r.Host.Profile != "virtualisation" {
 		t.Errorf("profile is %q", r.Host.Profile)
 	}
+	if want := (provision.GuestSpec{Parallel: 4, Delay: 2 * time.Second, StopWithin: 90 * time.Second, MemoryPercent: 120}); r.Host.Guests != want {
+		t.Errorf("guests are %+v", r.Host.Guests)
+	}
 	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Host.Bridges[0].Name != "br-vm" {
 		t.Errorf("rack is %+v", r)
 	}
@@ -103,6 +106,7 @@ func TestEveryMistakeIsNamedWithItsLine(t *testing.T) {
 		{40, "must be a whole number, or two as SOFT:HARD from 1024 to 1048576"},
 		{41, "must be 2M or 1G"}, {41, "must be a whole number from 1 to"},
 		{42, "must leave CPU 0 to the host"},
+		{43, "must be a whole number from 1 to 64"}, {43, "must be a time from 5s to 1h"}, {43, "must be a whole number from 10 to 120"},
 	}
 	text := err.Error()
 	for _, w := range want {
