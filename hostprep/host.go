@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 
 	"platter/provision"
@@ -23,6 +24,8 @@ type Host struct {
 	// host is managed over is kept only if one of them answers after it. Port
 	// 0: any sign of life counts.
 	Reach []netip.AddrPort
+
+	run runner // tests put another in place
 }
 
 // NodeSelf is Self on a node that Platter installed.
@@ -55,7 +58,13 @@ type File struct {
 // Files are all files that the preparation of the host consists of. A later
 // boot reads them, so an image into which they were written is prepared from
 // its first boot on.
-func (h *Host) Files() []File { return h.orderFiles() }
+func (h *Host) Files() []File {
+	return slices.Concat(
+		h.orderFiles(),
+		h.kernelFiles(),
+		shareFiles(),
+	)
+}
 
 // Prepare writes the files below the host's root and changes nothing that
 // runs. What is right already is not touched.

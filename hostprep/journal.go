@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -113,12 +115,35 @@ func (j *Journal) Remove(path string) error {
 	return syncDir(filepath.Dir(j.at(path)))
 }
 
+// chosen matches the word that is chosen in a file of /sys that lists all:
+// "always [madvise] never".
+var chosen = regexp.MustCompile(`(?:^|\s)\[(\S+)\](?:\s|$)`)
+
+// value reads a file of /proc or /sys as SetValue would write it, with single
+// spaces between its words.
+func (j *Journal) value(path string) (string, error) {
+	b, err := os.ReadFile(j.at(path))
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return "", fmt.Errorf("the running kernel has no %s", path)
+		}
+		return "", fmt.Errorf("the running kernel does not tell: %w", err)
+	}
+	if m := chosen.FindSubmatch(b); m != nil {
+		return string(m[1]), nil
+	}
+	return strings.Join(strings.Fields(string(b)), " "), nil
+}
+
 // SetValue writes a value into a file of /proc or /sys. The error of a value
 // that the kernel refuses names it.
 func (j *Journal) SetValue(path, value string) error {
 	former, err := os.ReadFile(j.at(path))
 	if err != nil {
 		return fmt.Errorf("the running kernel has no %s: %w", path, err)
+	}
+	if m := chosen.FindSubmatch(former); m != nil {
+		former = m[1] // the kernel would not take the list back
 	}
 	if err := j.append(entry{Path: path, Value: true, Former: former}); err != nil {
 		return err

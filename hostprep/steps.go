@@ -22,6 +22,8 @@ import (
 func (h *Host) Steps() []Step {
 	return []Step{
 		kernel(),
+		h.cmdline(), h.modules(), h.sysctl(), h.sysfs(), h.disks(), h.cpu(), h.limits(), h.share(),
+		h.versions(),
 		h.unitOrder(),
 		services(h.Systemd, [][]string{
 			{"openvswitch-switch.service", "openvswitch.service"},

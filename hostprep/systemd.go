@@ -26,6 +26,20 @@ func DialSystemd(ctx context.Context) (*Systemd, error) {
 // Close ends the connection.
 func (s *Systemd) Close() { s.conn.Close() }
 
+// defaultLimit is SOFT:HARD of what services get that do not ask for their
+// own: NOFILE, NPROC, MEMLOCK.
+func (s *Systemd) defaultLimit(name string) (string, error) {
+	var out []string
+	for _, suffix := range []string{"Soft", ""} {
+		v, err := s.conn.GetManagerProperty("DefaultLimit" + name + suffix)
+		if err != nil {
+			return "", fmt.Errorf("systemd's DefaultLimit%s: %w", name, err)
+		}
+		out = append(out, strings.TrimPrefix(v, "@t "))
+	}
+	return strings.Join(out, ":"), nil
+}
+
 // Unit is one unit.
 func (s *Systemd) Unit(name string) *Unit { return &Unit{s, name} }
 

@@ -125,3 +125,24 @@ func TestPinsInApt(t *testing.T) {
 		}
 	}
 }
+
+func TestCombination(t *testing.T) {
+	packages := map[string]string{"linux-image-6.12.64+deb13-amd64": "6.12.64-1", "qemu-system-x86": "1:10.0.13+ds-0+deb13u1",
+		"libvirt-daemon": "11.3.0-3+deb13u3", "openvswitch-switch": "3.5.0-1+b1"}
+	var said strings.Builder
+	_, err := BuildOptions{Name: "debian-13"}.combination(packages, &said)
+	if err == nil || !strings.Contains(err.Error(), "CVE-2026-31508") || !strings.Contains(err.Error(), "--allow ovs-port-use-after-free --allow ovs-flow-dump-lockup") {
+		t.Errorf("a kernel that is known to crash: %v", err)
+	}
+	if !strings.Contains(said.String(), "WARNING: ovs-seq-deadlock: ovs 3.5.0-1+b1") {
+		t.Errorf("said %q", &said)
+	}
+	l, err := BuildOptions{Allow: []string{"ovs-port-use-after-free", "ovs-flow-dump-lockup"}}.combination(packages, &said)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "kernel 6.12.64-1\nqemu 1:10.0.13+ds-0+deb13u1\nlibvirt 11.3.0-3+deb13u3\novs 3.5.0-1+b1\nallow ovs-port-use-after-free\nallow ovs-flow-dump-lockup\n"
+	if _, file, _ := strings.Cut(l.String(), "\n"); file != want {
+		t.Errorf("the image says\n%swant\n%s", file, want)
+	}
+}

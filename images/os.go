@@ -10,9 +10,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
+	"platter/hostprep/versions"
 	"platter/provision"
 )
 
@@ -28,6 +30,8 @@ type BuildOptions struct {
 	Frozen bool
 	// Update moves to the newest versions, whatever is locked.
 	Update bool
+	// Allow names known-bad combinations of versions to build all the same.
+	Allow []string
 	// SecretKey is the file of a minisign key that the store trusts.
 	SecretKey string
 	// WorkDir is for scratch; it takes about 3 GB while a build runs.
@@ -80,6 +84,18 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 		return nil, fmt.Errorf("lock file %s holds nothing to be frozen to: build once without --frozen", o.LockFile)
 	}
 
+	for _, name := range o.Allow {
+		if !slices.Contains(versions.Names(), name) {
+			return nil, fmt.Errorf("--allow %s: no such combination, known are: %s", name, strings.Join(versions.Names(), ", "))
+		}
+	}
+	if !o.Update {
+		// Minutes sooner than after the build.
+		if _, err := o.combination(lock, io.Discard); err != nil {
+			return nil, err
+		}
+	}
+
 	inputs, err := o.inputs(r, key, lock)
 	if err != nil {
 		return nil, err
@@ -120,6 +136,14 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 	if inputs, err = o.inputs(r, key, built); err != nil {
 		return nil, err
 	}
+	combination, err := o.combination(built, o.Out)
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(work.dir, "root", versions.File)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(combination.String()), 0o644)); err != nil {
+		return nil, fmt.Errorf("the new image's %s: %w", versions.File, err)
+	}
 
 	sources, im, err := makeParts(ctx, work.dir, o.Out)
 	if err != nil {
@@ -146,7 +170,7 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 }
 
 // recipeVersion changes when the code that turns a recipe into parts does.
-const recipeVersion = "1"
+const recipeVersion = "2"
 
 // inputs is a hash over everything that decides how the image comes out.
 func (o BuildOptions) inputs(r recipe, key secretKey, lock map[string]string) (string, error) {
@@ -154,7 +178,7 @@ func (o BuildOptions) inputs(r recipe, key secretKey, lock map[string]string) (s
 	if err != nil {
 		return "", err
 	}
-	rest, err := json.Marshal([]any{recipeVersion, o.Suite, o.Mirrors, key.ID()})
+	rest, err := json.Marshal([]any{recipeVersion, o.Suite, o.Mirrors, key.ID(), o.Allow})
 	if err != nil {
 		return "", err
 	}
@@ -179,6 +203,33 @@ func (o BuildOptions) checkLock(lock, built map[string]string) ([]Change, error)
 	}
 	fmt.Fprintf(o.Out, "The lock file is rewritten.\n")
 	return changes, nil
+}
+
+// combination is what the packages make of kernel, QEMU, libvirt and Open
+// vSwitch. One that is known not to work is refused unless it is allowed by
+// name; what is known and bearable is told on out.
+func (o BuildOptions) combination(packages map[string]string, out io.Writer) (versions.Locked, error) {
+	l := versions.Locked{Versions: versions.FromPackages(packages)}
+	bad, err := versions.KnownBad(l.Versions)
+	if err != nil {
+		return l, fmt.Errorf("image %s was not built: %w", o.Name, err)
+	}
+	var refused, names []string
+	for _, b := range bad {
+		switch {
+		case slices.Contains(o.Allow, b.Name):
+			l.Allowed = append(l.Allowed, b.Name)
+			fmt.Fprintf(out, "WARNING: allowed by name: %s\n", b)
+		case b.Refuse:
+			refused, names = append(refused, b.String()), append(names, "--allow "+b.Name)
+		default:
+			fmt.Fprintf(out, "WARNING: %s\n", b)
+		}
+	}
+	if len(refused) > 0 {
+		return l, fmt.Errorf("image %s was not built, its packages are known not to work together:\n  %s\nmove to newer versions with --update, or accept it with %s", o.Name, strings.Join(refused, "\n  "), strings.Join(names, " "))
+	}
+	return l, nil
 }
 
 // debootstrap makes the tree work/root.

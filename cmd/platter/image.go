@@ -37,7 +37,10 @@ func imageBuildCmd(open openStore) *cobra.Command {
 Package versions are those of the lock file. A version that the archive no
 longer has is replaced by its current one; every such change is listed and the
 lock file rewritten, or, with --frozen, the build fails. When nothing has changed
-since the last build, nothing is built.`,
+since the last build, nothing is built.
+
+Kernel, QEMU, libvirt and Open vSwitch of versions that are known not to work
+together are refused, unless --allow names that combination.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if o.Store, err = open(); err != nil {
@@ -60,6 +63,7 @@ since the last build, nothing is built.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.LockFile, "lock", "", "lock file (default NAME.lock)")
+	f.StringSliceVar(&o.Allow, "allow", nil, "build although this combination of versions, by NAME, is known not to work")
 	f.BoolVar(&o.Frozen, "frozen", false, "fail rather than leave a locked version")
 	f.BoolVar(&o.Update, "update", false, "move to the newest versions and rewrite the lock file")
 	f.StringVar(&o.SecretKey, "key", "", "minisign secret key to sign with")
