@@ -113,7 +113,7 @@ func Enrol(ctx context.Context, base, pin, token string, opts ...Option) (*Node,
 		if !Retryable(err) || !time.Now().Before(giveUp) {
 			return nil, nil, fmt.Errorf("enrol at %s: %w", base, err)
 		}
-		if e := pause(ctx, backoff(n)); e != nil {
+		if e := provision.Sleep(ctx, backoff(n)); e != nil {
 			return nil, nil, fmt.Errorf("enrol at %s: %w", base, errors.Join(err, e))
 		}
 	}

@@ -118,7 +118,7 @@ func (o *Operator) Events(ctx context.Context, after int64) iter.Seq2[Update, er
 			if err != nil && !yield(Update{}, o.explain(err)) {
 				return
 			}
-			if pause(ctx, backoff(min(failures, 3))) != nil {
+			if provision.Sleep(ctx, backoff(min(failures, 3))) != nil {
 				return
 			}
 			failures++

@@ -341,7 +341,7 @@ func (r *Reporter) deliver(ctx context.Context, id string, batch []provision.Rep
 		r.mu.Lock()
 		r.err = err
 		r.mu.Unlock()
-		if pause(ctx, backoff(n)) != nil {
+		if provision.Sleep(ctx, backoff(n)) != nil {
 			return
 		}
 	}
@@ -352,16 +352,4 @@ func (r *Reporter) deliver(ctx context.Context, id string, batch []provision.Rep
 func backoff(n int) time.Duration {
 	d := 250 * time.Millisecond << min(n, 6)
 	return d/2 + mrand.N(d)
-}
-
-// pause waits for d; the error is ctx's when it ends first.
-func pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }

@@ -104,7 +104,7 @@ func (h *Host) Run(ctx context.Context) error {
 			if errors.Is(err, store.ErrClosed) {
 				return
 			} else if err != nil && !errors.Is(err, context.DeadlineExceeded) {
-				pause(ctx, time.Second) // the journal cannot be read now
+				provision.Sleep(ctx, time.Second) // the journal cannot be read now
 			}
 		}
 	})
@@ -135,7 +135,7 @@ func (h *Host) Run(ctx context.Context) error {
 				}
 				later[s.Name] = true
 				running.Go(func() {
-					pause(ctx, wait)
+					provision.Sleep(ctx, wait)
 					send(ctx, retry, s.Name)
 				})
 			}
@@ -160,15 +160,6 @@ func (h *Host) Run(ctx context.Context) error {
 func send[T any](ctx context.Context, c chan<- T, v T) {
 	select {
 	case c <- v:
-	case <-ctx.Done():
-	}
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
 	case <-ctx.Done():
 	}
 }

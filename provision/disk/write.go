@@ -187,7 +187,7 @@ func (w *writer) stream(ctx context.Context, todo []job, free chan []byte, full 
 				Message: fmt.Sprintf("no byte of the image has arrived for %s: %v", w.Stall, err),
 				Next:    "Check that 'platter serve' runs on the disc host and the cable is in, then start the machine again"}
 		}
-		if err := sleep(ctx, backOff(failures)); err != nil {
+		if err := provision.Sleep(ctx, backOff(failures)); err != nil {
 			return err
 		}
 		failures++
@@ -200,17 +200,6 @@ func (w *writer) stream(ctx context.Context, todo []job, free chan []byte, full 
 func backOff(n int) time.Duration {
 	d := min(100*time.Millisecond<<min(n, 10), 5*time.Second)
 	return d/2 + rand.N(d)
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
 }
 
 const (

@@ -193,7 +193,7 @@ func (m *member) start(ctx context.Context, rep Progress) error {
 					return err
 				}
 				rep.Logf("ejabberd: %v; systemd tries again", err)
-				if err := sleep(ctx, m.pause(n)); err != nil {
+				if err := provision.Sleep(ctx, m.pause(n)); err != nil {
 					return err
 				}
 			}
@@ -278,7 +278,7 @@ func (m *member) enter(ctx context.Context, ask func(context.Context) (provision
 		if time.Since(since) > m.patience {
 			return marker{}, m.stuck(last, why)
 		}
-		if err := sleep(ctx, m.pause(n)); err != nil {
+		if err := provision.Sleep(ctx, m.pause(n)); err != nil {
 			return marker{}, err
 		}
 	}
@@ -433,17 +433,6 @@ func (m *member) keep(k marker) error {
 		return fmt.Errorf("node %s: writing /%s: %w: look at the disk's free space and health", m.plan.Node, markerFile, err)
 	}
 	return nil
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 func ms(since time.Time) string { return strconv.FormatInt(time.Since(since).Milliseconds(), 10) }
