@@ -24,8 +24,11 @@ type Host struct {
 	// host is managed over is kept only if one of them answers after it. Port
 	// 0: any sign of life counts.
 	Reach []netip.AddrPort
+	// Retry: a change of an uplink that was taken back once is tried again.
+	Retry bool
 
-	run runner // tests put another in place
+	run      runner // tests put another in place
+	datapath string // of bridges that are made; tests say netdev
 }
 
 // NodeSelf is Self on a node that Platter installed.
@@ -63,6 +66,7 @@ func (h *Host) Files() []File {
 		h.orderFiles(),
 		h.kernelFiles(),
 		shareFiles(),
+		h.uplinkUnit(),
 	)
 }
 

@@ -236,46 +236,6 @@ func TestJournalUndo(t *testing.T) {
 	}
 }
 
-// TestBridges: lo stands in for a bridge's device; the database is the one of
-// a switch that is not there.
-func TestBridges(t *testing.T) {
-	ctx := context.Background()
-	var ran []string
-	list, fail := "lo", error(nil)
-	run := func(_ context.Context, name string, args ...string) (string, error) {
-		ran = append(ran, name+" "+strings.Join(args, " "))
-		return list, fail
-	}
-	if f, err := bridges([]provision.Bridge{{Name: "lo", MTU: 65536}}, run).Check(ctx); err != nil || !f[0].OK || f[0].Is != "up" {
-		t.Errorf("right: %+v, %v", f, err)
-	}
-	if f, err := bridges([]provision.Bridge{{Name: "lo", MTU: 1500}}, run).Check(ctx); err != nil || f[0].OK || !strings.Contains(f[0].Is, "MTU 65536") {
-		t.Errorf("wrong MTU: %+v, %v", f, err)
-	}
-	two := bridges([]provision.Bridge{{Name: "lo"}, {Name: "br-none0"}}, run)
-	if f, err := two.Check(ctx); err != nil || !f[0].OK || f[1].OK || f[1].Is != "not in Open vSwitch" {
-		t.Errorf("one missing: %+v, %v", f, err)
-	}
-	list = "lo br-none0"
-	if f, err := two.Check(ctx); err != nil || f[1].OK || !strings.Contains(f[1].Is, "has no device") {
-		t.Errorf("in the database only: %+v, %v", f, err)
-	}
-	ran = nil
-	if err := two.Apply(ctx, nil); err == nil || !strings.Contains(err.Error(), "bridge br-none0") {
-		t.Errorf("apply where the switch makes no device: %v", err)
-	}
-	if len(ran) != 2 || ran[1] != "ovs-vsctl --timeout=60 --may-exist add-br br-none0" {
-		t.Errorf("ran %q", ran)
-	}
-	fail = errors.New("database connection failed")
-	if _, err := two.Check(ctx); !errors.Is(err, fail) {
-		t.Errorf("no database: %v", err)
-	}
-	if b := Bridges(provision.HostSpec{}); len(b) != 1 || b[0].Name != "br-vm" {
-		t.Errorf("bridges of an empty plan: %v", b)
-	}
-}
-
 // TestVirtSilent: a libvirt that takes the connection and never answers does
 // not hold the agent for ever, and one that is not there is named.
 func TestVirtSilent(t *testing.T) {

@@ -7,15 +7,11 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"time"
 
 	libvirt "github.com/digitalocean/go-libvirt"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"platter/provision"
 )
 
 // Steps lists the preparation of the host, in order.
@@ -32,20 +28,11 @@ func (h *Host) Steps() []Step {
 			{"libvirtd.socket", "libvirtd.service", "virtqemud.socket"},
 			{"ssh.service", "sshd.service", "ssh.socket"},
 		}),
-		bridges(Bridges(h.Spec), command),
+		h.bridges(),
 		virt("/run/libvirt/libvirt-sock", func(ctx context.Context) error {
 			return startFirst(ctx, h.Systemd, "libvirtd.service", "virtqemud.service")
 		}),
 	}
-}
-
-// Bridges are the Open vSwitch bridges that the host shall have: the ones of
-// the rack file, or one named br-vm.
-func Bridges(spec provision.HostSpec) []provision.Bridge {
-	if len(spec.Bridges) > 0 {
-		return spec.Bridges
-	}
-	return []provision.Bridge{{Name: "br-vm"}}
 }
 
 // KernelRelease is what uname -r prints.
@@ -59,11 +46,19 @@ func KernelRelease() string {
 
 // SinceBoot is the time since the kernel started, in milliseconds, as a fact.
 func SinceBoot() string {
-	var t unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) != nil {
+	t := sinceBoot()
+	if t == 0 {
 		return ""
 	}
-	return fmt.Sprint(time.Duration(t.Nano()).Milliseconds())
+	return fmt.Sprint(t.Milliseconds())
+}
+
+func sinceBoot() time.Duration {
+	var t unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
 }
 
 // kernel: the running kernel is one whose modules are on the disk. After a
@@ -94,69 +89,6 @@ func command(ctx context.Context, name string, args ...string) (string, error) {
 		return "", fmt.Errorf("%s %s: %w", name, strings.Join(args, " "), err)
 	}
 	return strings.TrimSpace(string(out)), nil
-}
-
-// bridges: every bridge is in the switch's database, its device exists, is up
-// and has the MTU that was asked for.
-func bridges(want []provision.Bridge, run runner) Step {
-	// missing tells what is wrong with one bridge; empty: nothing.
-	missing := func(b provision.Bridge, have []string) string {
-		if !slices.Contains(have, b.Name) {
-			return "not in Open vSwitch"
-		}
-		link, err := netlink.LinkByName(b.Name)
-		switch {
-		case err != nil:
-			return "has no device"
-		case link.Attrs().Flags&net.FlagUp == 0:
-			return "down"
-		case b.MTU != 0 && link.Attrs().MTU != b.MTU:
-			return fmt.Sprintf("MTU %d", link.Attrs().MTU)
-		}
-		return ""
-	}
-	return Step{
-		Name: "bridges",
-		Next: "Look at 'ovs-vsctl show' and 'journalctl -u ovs-vswitchd' on the node",
-		Check: func(ctx context.Context) ([]Finding, error) {
-			out, err := run(ctx, "ovs-vsctl", "--timeout=60", "list-br")
-			if err != nil {
-				return nil, err
-			}
-			var found []Finding
-			for _, b := range want {
-				f := Finding{What: "bridge " + b.Name, Is: missing(b, strings.Fields(out)), Want: "up", Why: "libvirt attaches VMs to it"}
-				if f.Is == "" {
-					f.OK, f.Is = true, "up"
-				}
-				if b.MTU != 0 {
-					f.Want += fmt.Sprintf(" with MTU %d", b.MTU)
-				}
-				found = append(found, f)
-			}
-			return found, nil
-		},
-		Apply: func(ctx context.Context, _ *Journal) error {
-			for _, b := range want {
-				args := []string{"--timeout=60", "--may-exist", "add-br", b.Name}
-				if b.MTU != 0 {
-					args = append(args, "--", "set", "interface", b.Name, fmt.Sprintf("mtu_request=%d", b.MTU))
-				}
-				// Returns when the switch has made the device.
-				if _, err := run(ctx, "ovs-vsctl", args...); err != nil {
-					return err
-				}
-				link, err := netlink.LinkByName(b.Name)
-				if err != nil {
-					return fmt.Errorf("bridge %s: Open vSwitch made no device for it: %w: is the module openvswitch there?", b.Name, err)
-				}
-				if err := netlink.LinkSetUp(link); err != nil {
-					return fmt.Errorf("bridge %s: setting it up: %w", b.Name, err)
-				}
-			}
-			return nil
-		},
-	}
 }
 
 // virt: libvirt answers at its socket. start starts it and waits until it has.

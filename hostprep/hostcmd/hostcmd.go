@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/coreos/go-systemd/v22/daemon"
+
 	"platter/hostprep"
 	"platter/provision"
 )
@@ -114,6 +116,8 @@ func (c *command) run(ctx context.Context, args []string) (int, error) {
 		do = c.apply
 	case "undo":
 		do = c.undo
+	case "guard-uplink": // for the unit that the bridges come with
+		do = c.guardUplink
 	case "-h", "--help", "help":
 		_, err := fmt.Fprint(c.Stdout, Usage)
 		return clean, err
@@ -236,6 +240,7 @@ func (c *command) apply(ctx context.Context) (int, error) {
 	if err != nil {
 		return failed, err
 	}
+	h.Retry = true // a person asked for it
 	release, err := c.alone(ctx, h)
 	if err != nil {
 		return failed, err
@@ -301,6 +306,17 @@ func (c *command) undo(ctx context.Context) (int, error) {
 		return drift, nil
 	}
 	return clean, nil
+}
+
+func (c *command) guardUplink(ctx context.Context) (int, error) {
+	h, err := c.host(ctx)
+	if err != nil {
+		return failed, err
+	}
+	return clean, h.GuardUplink(ctx, func() {
+		fmt.Fprintln(c.Stdout, "ready")
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // nothing without systemd
+	})
 }
 
 // checked is the exit code that results come to.

@@ -156,6 +156,29 @@ func setInterface(name string, row func(Interface) ovsdb.Row) Change {
 	}}
 }
 
+// SetHardwareAddr gives the host's side of a bridge an Ethernet address; empty
+// leaves the choice to the switch.
+func SetHardwareAddr(bridge, mac string) Change {
+	return Change{func(e *edit) error {
+		on, id := e.bridge(bridge), e.made[bridge]
+		if on != nil {
+			id = on.id
+		}
+		if id == "" {
+			return fmt.Errorf("there is no bridge %s", bridge)
+		}
+		const key = "hwaddr"
+		where := is(id)
+		e.ops = append(e.ops, ovsdb.Operation{Op: ovsdb.OperationMutate, Table: "Bridge", Where: where,
+			Mutations: []ovsdb.Mutation{*ovsdb.NewMutation("other_config", ovsdb.MutateOperationDelete, ovsdb.OvsSet{GoSet: []any{key}})}})
+		if mac != "" {
+			e.ops = append(e.ops, ovsdb.Operation{Op: ovsdb.OperationMutate, Table: "Bridge", Where: where,
+				Mutations: []ovsdb.Mutation{*ovsdb.NewMutation("other_config", ovsdb.MutateOperationInsert, mapping(map[string]string{key: mac}))}})
+		}
+		return nil
+	}}
+}
+
 // Apply carries the changes out, all or none, and returns when the switch has
 // acted on them: devices that it makes are there, ports have their number. What
 // the switch could not do is in the Error of an Interface, not here; every
