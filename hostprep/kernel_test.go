@@ -369,7 +369,8 @@ func TestVersionsOfAHost(t *testing.T) {
 	const stanza = "Package: %s\nStatus: install ok installed\nArchitecture: amd64\nVersion: %s\nDescription: x\n Version: 9\n\n"
 	put(t, h.Root, "var/lib/dpkg/status", fmt.Sprintf(stanza, "openvswitch-switch", "3.5.0-1+b1")+fmt.Sprintf(stanza, "libvirt-daemon", "11.3.0-3+deb13u3")+
 		fmt.Sprintf(stanza, "linux-image-6.12.117+deb13-amd64", "6.12.117-1")+"Package: qemu-system-x86\nStatus: deinstall ok config-files\nVersion: 1:9\n\n")
-	const running = "Linux version 6.12.%s (debian-kernel@lists.debian.org) (gcc) #1 SMP PREEMPT_DYNAMIC Debian 6.12.%s-1 (2026-01-01)\n"
+	const running = "Linux version 6.12.%s (debian-kernel@lists.debian.org) (x86_64-linux-gnu-gcc-14 (Debian 14.2.0-19) 14.2.0, " +
+		"GNU ld (GNU Binutils for Debian) 2.44) #1 SMP PREEMPT_DYNAMIC Debian 6.12.%s-1 (2026-01-01)\n"
 	put(t, h.Root, "proc/version", fmt.Sprintf(running, "117+deb13-amd64", "117"))
 	check := func() Result {
 		r, err := Check(t.Context(), []Step{h.versions()}, &heard{})

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"platter/provision"
 	"platter/provision/yamlfile"
@@ -51,15 +52,15 @@ func (c *catalogue) find(kind provision.SettingKind, key string) *line {
 	return nil
 }
 
-// known is read at the start: the files are part of the program, a mistake in
-// them shows in any test.
-var known = func() *catalogue {
+// known is read when it is first asked for. The files are part of the program:
+// a mistake in them shows in any test.
+var known = sync.OnceValue(func() *catalogue {
 	c, err := load()
 	if err != nil {
 		panic(err)
 	}
 	return c
-}()
+})
 
 func load() (*catalogue, error) {
 	c := &catalogue{profiles: map[string][]provision.Setting{}}

@@ -13,11 +13,11 @@ import (
 )
 
 // Names are the profiles, sorted.
-func Names() []string { return slices.Sorted(maps.Keys(known.profiles)) }
+func Names() []string { return slices.Sorted(maps.Keys(known().profiles)) }
 
 // Name is a parser for yamlfile.Get that takes the name of a profile.
 func Name(s string) (string, error) {
-	if _, ok := known.profiles[s]; !ok {
+	if _, ok := known().profiles[s]; !ok {
 		return "", fmt.Errorf("is not a profile%s", yamlfile.Suggest(s, Names()))
 	}
 	return s, nil
@@ -33,11 +33,11 @@ const Unset = "default"
 // Key is a parser for yamlfile.Get that takes a key of that kind.
 func Key(kind provision.SettingKind) func(string) (string, error) {
 	return func(key string) (string, error) {
-		if known.find(kind, key) != nil {
+		if known().find(kind, key) != nil {
 			return key, nil
 		}
 		var keys []string
-		for _, l := range known.lines {
+		for _, l := range known().lines {
 			if l.kind == kind {
 				keys = append(keys, l.key)
 			}
@@ -49,7 +49,7 @@ func Key(kind provision.SettingKind) func(string) (string, error) {
 // Value is a parser for yamlfile.Get that takes a value of the known key.
 func Value(kind provision.SettingKind, key string) func(string) (string, error) {
 	return func(value string) (string, error) {
-		l := known.find(kind, key)
+		l := known().find(kind, key)
 		if l == nil {
 			_, err := Key(kind)(key)
 			return "", err
@@ -86,7 +86,7 @@ func Resolve(w Wish) ([]provision.Setting, []error) {
 		errs = append(errs, fmt.Errorf("profile %q: %w", name, err))
 		name = Default // to find what else is wrong
 	}
-	out := slices.Clone(known.profiles[name])
+	out := slices.Clone(known().profiles[name])
 	for _, o := range w.Overrides {
 		value, err := Value(o.Kind, o.Key)(o.Value)
 		if err != nil {
@@ -97,7 +97,7 @@ func Resolve(w Wish) ([]provision.Setting, []error) {
 			out = slices.DeleteFunc(out, func(s provision.Setting) bool { return s.Kind == o.Kind && s.Key == o.Key })
 			continue
 		}
-		l := known.find(o.Kind, o.Key)
+		l := known().find(o.Kind, o.Key)
 		out = put(out, provision.Setting{Kind: o.Kind, Key: o.Key, Value: value, Why: l.why, Source: "the rack file; " + l.source})
 	}
 	if w.Hugepages != (Hugepages{}) {
@@ -115,7 +115,7 @@ func Resolve(w Wish) ([]provision.Setting, []error) {
 		out = append(out, more...)
 	}
 	for _, s := range out {
-		if l := known.find(s.Kind, s.Key); l != nil && l.needs != "" && !slices.ContainsFunc(out, func(o provision.Setting) bool {
+		if l := known().find(s.Kind, s.Key); l != nil && l.needs != "" && !slices.ContainsFunc(out, func(o provision.Setting) bool {
 			return o.Kind == provision.Module && o.Key == l.needs
 		}) {
 			errs = append(errs, fmt.Errorf("%s %s needs the module %s: add 'module: {%s: load}'", s.Kind, s.Key, l.needs, l.needs))

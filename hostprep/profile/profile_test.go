@@ -62,7 +62,7 @@ func TestProfiles(t *testing.T) {
 
 // A catalogue's own value could be given in a rack file as well.
 func TestEveryLineTakesItsValue(t *testing.T) {
-	for name, all := range known.profiles {
+	for name, all := range known().profiles {
 		for _, s := range all {
 			if got, err := Value(s.Kind, s.Key)(s.Value); err != nil || got != s.Value {
 				t.Errorf("%s: %s %s: %q, %v", name, s.Kind, s.Key, got, err)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	deb "github.com/knqyf263/go-deb-version"
 
@@ -178,16 +179,16 @@ type rule struct {
 //go:embed known-bad.yaml
 var knownBad []byte
 
-// rules are read at the start: the file is part of the program, a mistake in it
-// shows in any test.
-var rules = func() []rule {
+// rules are read when they are first asked for. The file is part of the
+// program: a mistake in it shows in any test.
+var rules = sync.OnceValue(func() []rule {
 	f := yamlfile.Parse("known-bad.yaml", knownBad)
 	out := readRules(f.Root())
 	if err := f.Err(); err != nil {
 		panic(err)
 	}
 	return out
-}()
+})
 
 func readRules(v yamlfile.Value) []rule {
 	version := func(s string) (string, error) { _, err := plain(s); return s, err }
@@ -231,7 +232,7 @@ func readRules(v yamlfile.Value) []rule {
 func KnownBad(set Set) ([]Bad, error) {
 	var out []Bad
 	var errs []error
-	for _, r := range rules {
+	for _, r := range rules() {
 		version := set[r.bad.Component]
 		if version == "" {
 			continue
@@ -263,7 +264,7 @@ func KnownBad(set Set) ([]Bad, error) {
 // Names are the names of all known-bad combinations.
 func Names() []string {
 	var out []string
-	for _, r := range rules {
+	for _, r := range rules() {
 		out = append(out, r.bad.Name)
 	}
 	return out
