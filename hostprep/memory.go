@@ -68,8 +68,9 @@ func memory(root string) (map[string]uint64, error) {
 }
 
 // Alarms are the warnings that the host's settings of kind alarm ask for, in
-// the order of the settings: what may soon end in the OOM killer. What the
-// kernel does not tell gives no warning.
+// the order of the settings: what may soon end in the OOM killer. Each begins
+// with the alarm's name and a colon. What the kernel does not tell gives no
+// warning.
 func Alarms(root string, spec provision.HostSpec) []string {
 	settings := spec.Of(provision.Alarm)
 	if len(settings) == 0 {
@@ -77,29 +78,30 @@ func Alarms(root string, spec provision.HostSpec) []string {
 	}
 	m, err := memory(root)
 	if err != nil {
-		return []string{err.Error()}
+		return []string{"memory: " + err.Error()}
 	}
 	total, available := float64(m["MemTotal"]), float64(m["MemAvailable"])
 	var out []string
 	for _, s := range settings {
+		say := func(format string, args ...any) { out = append(out, s.Key+": "+fmt.Sprintf(format, args...)) }
 		limit, err := strconv.ParseFloat(s.Value, 64)
 		if err != nil {
-			out = append(out, fmt.Sprintf("alarm %s: %q is not a number", s.Key, s.Value))
+			say("%q is not a number", s.Value)
 			continue
 		}
 		switch s.Key {
 		case "memory-available":
 			if p := 100 * available / total; p < limit {
-				out = append(out, fmt.Sprintf("only %s of memory are available, %.1f %%, below %s %%: stop or move a domain before the kernel ends one", humanize.IBytes(m["MemAvailable"]), p, s.Value))
+				say("only %s of memory are available, %.1f %%, below %s %%: stop or move a domain before the kernel ends one", humanize.IBytes(m["MemAvailable"]), p, s.Value)
 			}
 		case "memory-pressure":
 			if p, ok := pressure(root, "memory"); ok && p > limit {
-				out = append(out, fmt.Sprintf("something waited for memory in %.0f %% of the last minute, more than %s %%: stop or move a domain", p, s.Value))
+				say("something waited for memory in %.0f %% of the last minute, more than %s %%: stop or move a domain", p, s.Value)
 			}
 		case "ksm-ratio":
 			merged := ksmMerged(root)
 			if r := (total - available + float64(merged)) / total; merged > 0 && r > limit {
-				out = append(out, fmt.Sprintf("without merged pages (%s) %.2f times the host's memory would be in use, more than %s: it runs out when guests change them; stop or move a domain", humanize.IBytes(merged), r, s.Value))
+				say("without merged pages (%s) %.2f times the host's memory would be in use, more than %s: it runs out when guests change them; stop or move a domain", humanize.IBytes(merged), r, s.Value)
 			}
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"platter/hostprep"
+	"platter/hostprep/profile"
 	"platter/provision"
 )
 
@@ -31,6 +32,7 @@ What should be, the first that is there:
   the plan of the node, /etc/platter/plan.json, where Platter installed the host
   -c FILE         a rack file; --node NAME: which of its nodes this is, where
                   the host's addresses do not tell
+  neither         the kernel profile mixed, nothing beside it
 
 Exit codes: 0 as it should be, 1 something failed, 2 wrong usage,
 3 it deviates (check, --dry-run) or waits for a reboot.
@@ -162,6 +164,12 @@ func (c *command) host(ctx context.Context) (*hostprep.Host, error) {
 			return nil, err
 		}
 		h.Spec, h.Reach = t.Spec, t.Reach
+	default:
+		settings, errs := profile.Resolve(profile.Wish{})
+		if err := errors.Join(errs...); err != nil {
+			return nil, err
+		}
+		h.Spec.Profile, h.Spec.Settings = profile.Default, settings
 	}
 	if h.Self == nil {
 		self, err := c.self()

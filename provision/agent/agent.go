@@ -47,6 +47,7 @@ type work struct {
 	prepare func(ctx context.Context, rep Reporter) error
 	bring   func(ctx context.Context, rep Reporter) error
 	look    func(ctx context.Context) (stack.Cluster, error)
+	alarms  func() []string // of the host, each beginning with its name and a colon
 }
 
 // Run is the agent's whole life; it returns when ctx ends or when the host was
@@ -105,8 +106,9 @@ func Run(ctx context.Context, c Config) error {
 			_, err = hostprep.Apply(ctx, host.Steps(), j, rep)
 			return err
 		},
-		bring: func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
-		look:  func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
+		bring:  func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
+		look:   func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
+		alarms: func() []string { return hostprep.Alarms("/", plan.Host) },
 	}
 	return c.live(ctx, w, facts, statusReporter{rep, c.Notify})
 }
@@ -154,7 +156,9 @@ func (c Config) stages(ctx context.Context, w work, rep Reporter) error {
 func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
 	const enough = 4 // looks in a row before a silent member is a failure
 	said, silent := "", 0
+	alarmed := ""
 	for {
+		alarmed = sayAlarms(rep, w.alarms(), alarmed)
 		cl, err := w.look(ctx)
 		if ctx.Err() != nil {
 			return nil
@@ -187,6 +191,28 @@ func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
 			return nil
 		}
 	}
+}
+
+// sayAlarms says which alarms began or ended and returns their names. The
+// numbers in them change all the time.
+func sayAlarms(rep Reporter, alarms []string, before string) string {
+	var names []string
+	for _, a := range alarms {
+		name, _, _ := strings.Cut(a, ":")
+		names = append(names, name)
+	}
+	now := strings.Join(names, ",")
+	switch {
+	case now == before:
+		return now
+	case now == "":
+		rep.Logf("alarm: %s: over", before)
+	}
+	for _, a := range alarms {
+		rep.Logf("alarm: %s", a)
+	}
+	rep.Facts(map[string]string{"alarms": now})
+	return now
 }
 
 // bring makes the node a member, with secrets from its own disk or, where they

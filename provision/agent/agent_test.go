@@ -97,7 +97,7 @@ func both(context.Context) (stack.Cluster, error) {
 func TestStages(t *testing.T) {
 	fine := func(context.Context, Reporter) error { return nil }
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: both}, h)
+	end := live(t, work{prepare: fine, bring: fine, look: both, alarms: calm}, h)
 	lines := h.wait(t, "alive", 3)
 	end()
 	if got := strings.Join(lines[:4], ", "); got != "stage preparing, stage joining, stage probing, alive" {
@@ -114,7 +114,7 @@ func TestStages(t *testing.T) {
 func TestRetry(t *testing.T) {
 	h := newHeard()
 	prepares, brings := 0, 0
-	w := work{look: both,
+	w := work{look: both, alarms: calm,
 		prepare: func(context.Context, Reporter) error {
 			if prepares++; prepares == 1 {
 				return &provision.Failure{Code: "host-check"}
@@ -145,7 +145,7 @@ func TestWatch(t *testing.T) {
 	set := func(c stack.Cluster, e error) { mu.Lock(); cl, err = c, e; mu.Unlock() }
 	look := func(context.Context) (stack.Cluster, error) { mu.Lock(); defer mu.Unlock(); return cl, err }
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: look}, h)
+	end := live(t, work{prepare: fine, bring: fine, look: look, alarms: calm}, h)
 	defer end()
 	h.wait(t, "alive", 2)
 	set(stack.Cluster{Running: []string{"a"}, Down: []string{"b"}}, nil)
@@ -166,6 +166,37 @@ func TestWatch(t *testing.T) {
 	}
 	if fails != 1 {
 		t.Errorf("%d failures for one silence: %q", fails, lines)
+	}
+}
+
+func calm() []string { return nil }
+
+// TestAlarms: an alarm is said when it begins and when it is over, however its
+// numbers change.
+func TestAlarms(t *testing.T) {
+	fine := func(context.Context, Reporter) error { return nil }
+	looks := 0
+	h := newHeard()
+	end := live(t, work{prepare: fine, bring: fine, look: both, alarms: func() []string {
+		looks++
+		switch {
+		case looks < 3 || looks > 6:
+			return nil
+		case looks == 4:
+			return []string{"low: 4 % left", "pressure: 30 %"}
+		}
+		return []string{fmt.Sprintf("low: %d %% left", looks)}
+	}}, h)
+	h.wait(t, "log alarm: low: over", 1)
+	end()
+	var got []string
+	for _, l := range h.lines {
+		if a, ok := strings.CutPrefix(l, "log alarm: "); ok {
+			got = append(got, a)
+		}
+	}
+	if want := []string{"low: 3 % left", "low: 4 % left", "pressure: 30 %", "low: 5 % left", "low: over"}; !slices.Equal(got, want) {
+		t.Errorf("said %q, want %q", got, want)
 	}
 }
 
