@@ -20,6 +20,8 @@ func TestHost(t *testing.T) {
 		{[]string{"chek"}, 2, `unknown command "chek"`},
 		{[]string{"check", "-o", "xml"}, 2, "table or json"},
 		{[]string{"check", "-c", rack + "mistakes.yaml"}, 1, "mistakes"},
+		{[]string{"check", "--profile", "virtualization"}, 1, `did you mean "virtualisation"?`},
+		{[]string{"check", "--profile", "mixed", "-c", rack + "full.yaml"}, 2, "exclude each other"},
 		{[]string{"check", "-c", rack + "full.yaml", "--node", "node9"}, 1, "has no node node9"},
 	} {
 		var out bytes.Buffer

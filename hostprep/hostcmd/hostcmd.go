@@ -32,7 +32,9 @@ What should be, the first that is there:
   the plan of the node, /etc/platter/plan.json, where Platter installed the host
   -c FILE         a rack file; --node NAME: which of its nodes this is, where
                   the host's addresses do not tell
-  neither         the kernel profile mixed, nothing beside it
+  --profile NAME  a kernel profile: messaging, mixed or virtualisation
+  what the last apply was told, /etc/platter/host.json
+  the profile mixed
 
 Exit codes: 0 as it should be, 1 something failed, 2 wrong usage,
 3 it deviates (check, --dry-run) or waits for a reboot.
@@ -48,12 +50,12 @@ const (
 
 // Target is what a host should be.
 type Target struct {
-	Spec  provision.HostSpec
-	Reach []netip.AddrPort // see hostprep.Host
+	Spec  provision.HostSpec `json:"spec"`
+	Reach []netip.AddrPort   `json:"reach,omitempty"` // see hostprep.Host
 }
 
-// Env is where the command runs. The zero value is the running host, with
-// nobody to read rack files.
+// Env is where the command runs. The zero value is the running host, in a
+// program that reads no rack files.
 type Env struct {
 	Root string // default "/"
 	// Rack reads a rack file; node may be empty.
@@ -63,7 +65,10 @@ type Env struct {
 	steps func(*hostprep.Host) []hostprep.Step // tests put other steps in place
 }
 
-const planPath = "/etc/platter/plan.json"
+const (
+	planPath = "/etc/platter/plan.json"
+	toldPath = "/etc/platter/host.json" // the Target of the last apply
+)
 
 // Run carries out one command line and returns the exit code. What failed was
 // said on Stderr.
@@ -87,8 +92,10 @@ func Run(ctx context.Context, args []string, e Env) int {
 
 type command struct {
 	Env
-	verb, rackFile, node, output string
-	dryRun                       bool
+	verb, rackFile, node, profile, output string
+	dryRun                                bool
+
+	told *Target // on the command line
 }
 
 // errUsage is a command line that makes no sense.
@@ -106,6 +113,7 @@ func (c *command) run(ctx context.Context, args []string) (int, error) {
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.rackFile, "c", "", "")
 	f.StringVar(&c.node, "node", "", "")
+	f.StringVar(&c.profile, "profile", "", "")
 	var do func(context.Context) (int, error)
 	switch c.verb {
 	case "check":
@@ -136,6 +144,8 @@ func (c *command) run(ctx context.Context, args []string) (int, error) {
 		return errUsage("%q is one argument too many", f.Arg(0))
 	case c.node != "" && c.rackFile == "":
 		return errUsage("--node needs a rack file, -c FILE")
+	case c.profile != "" && c.rackFile != "":
+		return errUsage("a rack file names its profile itself: -c and --profile exclude each other")
 	case c.verb == "check" && c.output != "table" && c.output != "json":
 		return errUsage("-o %s: must be table or json", c.output)
 	}
@@ -147,36 +157,24 @@ func (c *command) host(ctx context.Context) (*hostprep.Host, error) {
 	h := &hostprep.Host{Root: c.Root}
 	var plan provision.Plan
 	switch err := readJSON(filepath.Join(c.Root, planPath), &plan); {
-	case err == nil && c.rackFile != "":
-		return nil, fmt.Errorf("this host has a plan of its own, %s: leave out -c, or reinstall the node with the other rack file", planPath)
+	case err == nil && (c.rackFile != "" || c.profile != ""):
+		return nil, fmt.Errorf("this host has a plan of its own, %s: leave out -c and --profile, or reinstall the node with another rack file", planPath)
 	case err == nil && plan.Format != provision.PlanFormat:
 		return nil, fmt.Errorf("%s has format %d, this program knows %d: reinstall the node", planPath, plan.Format, provision.PlanFormat)
 	case err == nil:
 		h.Spec, h.Reach, h.Self = plan.Host, hostprep.ReachOf(plan), hostprep.NodeSelf
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("the plan of this host: %w", err)
-	case c.rackFile != "":
-		if c.Rack == nil {
-			return nil, errors.New("this program reads no rack files: use 'platter host'")
-		}
-		t, err := c.Rack(c.rackFile, c.node)
+	default:
+		t, err := c.target()
 		if err != nil {
 			return nil, err
 		}
-		h.Spec, h.Reach = t.Spec, t.Reach
-	default:
-		settings, errs := profile.Resolve(profile.Wish{})
-		if err := errors.Join(errs...); err != nil {
-			return nil, err
-		}
-		h.Spec.Profile, h.Spec.Settings = profile.Default, settings
-	}
-	if h.Self == nil {
 		self, err := c.self()
 		if err != nil {
 			return nil, err
 		}
-		h.Self = []string{self, "host"}
+		h.Spec, h.Reach, h.Self = t.Spec, t.Reach, []string{self, "host"}
 	}
 	// Without systemd the steps that need one say so.
 	if _, err := os.Stat("/run/systemd/system"); err == nil && c.Root == "/" && os.Geteuid() == 0 {
@@ -185,6 +183,32 @@ func (c *command) host(ctx context.Context) (*hostprep.Host, error) {
 		}
 	}
 	return h, nil
+}
+
+// target is what a host without a plan should be.
+func (c *command) target() (t Target, err error) {
+	switch {
+	case c.rackFile != "" && c.Rack == nil:
+		return t, errors.New("this program reads no rack files: use 'platter host'")
+	case c.rackFile != "":
+		t, err = c.Rack(c.rackFile, c.node)
+		c.told = &t
+	case c.profile != "":
+		t.Spec, err = ofProfile(c.profile)
+		c.told = &t
+	default:
+		err = readJSON(filepath.Join(c.Root, toldPath), &t)
+		if errors.Is(err, fs.ErrNotExist) {
+			t.Spec, err = ofProfile(profile.Default)
+		}
+	}
+	return t, err
+}
+
+// ofProfile is a host with the settings of one profile and nothing else.
+func ofProfile(name string) (provision.HostSpec, error) {
+	settings, errs := profile.Resolve(profile.Wish{Profile: name})
+	return provision.HostSpec{Profile: name, Settings: settings}, errors.Join(errs...)
 }
 
 // self is this program. Units will call it at every boot, wherever it is.
@@ -257,6 +281,16 @@ func (c *command) apply(ctx context.Context) (int, error) {
 	j, err := hostprep.OpenJournal(h.Root)
 	if err != nil {
 		return failed, err
+	}
+	if c.told != nil {
+		// The units ask for it at every boot.
+		text, err := json.MarshalIndent(c.told, "", "  ")
+		if err == nil {
+			err = j.WriteFile(toldPath, string(text)+"\n", 0o644)
+		}
+		if err != nil {
+			return failed, err
+		}
 	}
 	results, err := hostprep.Apply(ctx, c.steps(h), j, quiet{})
 	var f *provision.Failure

@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -180,6 +182,41 @@ func TestPlan(t *testing.T) {
 	}
 	if code, _, errs := host(t, root, steps, "check"); code != 1 || !strings.Contains(errs, "format 99") {
 		t.Errorf("a plan of the future: exit %d, %s", code, errs)
+	}
+}
+
+// TestTold: what an apply was told counts for every later command, and goes
+// with undo.
+func TestTold(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	root := t.TempDir()
+	var seen *hostprep.Host
+	e := Env{Root: root, Stdout: io.Discard, Stderr: io.Discard,
+		Rack: func(file, node string) (Target, error) {
+			return Target{Spec: provision.HostSpec{Profile: file + node}, Reach: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:8443")}}, nil
+		},
+		steps: func(h *hostprep.Host) []hostprep.Step { seen = h; return nil },
+	}
+	for _, c := range []struct{ line, want string }{
+		{"check", "mixed"},
+		{"apply --dry-run -c rack --node 1", "rack1"},
+		{"check", "mixed"},
+		{"apply -c rack --node 1", "rack1"},
+		{"check", "rack1"},
+		{"check --profile messaging", "messaging"},
+		{"check", "rack1"},
+		{"undo", ""},
+		{"check", "mixed"},
+	} {
+		seen = &hostprep.Host{}
+		if code := Run(t.Context(), strings.Fields(c.line), e); code != 0 || seen.Spec.Profile != c.want {
+			t.Errorf("%s: exit %d, %q", c.line, code, seen.Spec.Profile)
+		}
+		if c.want == "rack1" && len(seen.Reach) != 1 {
+			t.Errorf("%s: reach is %v", c.line, seen.Reach)
+		}
 	}
 }
 
