@@ -236,11 +236,11 @@ func TestJournalUndo(t *testing.T) {
 	}
 }
 
-// TestVirtSilent: a libvirt that takes the connection and never answers does
+// TestLibvirtSilent: a libvirt that takes the connection and never answers does
 // not hold the agent for ever, and one that is not there is named.
-func TestVirtSilent(t *testing.T) {
+func TestLibvirtSilent(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := virt(dir+"/none", nil).Check(context.Background()); err == nil || !strings.Contains(err.Error(), "libvirt does not answer") {
+	if _, err := (&Host{}).libvirt(dir + "/none").Check(context.Background()); err == nil || !strings.Contains(err.Error(), "libvirt does not answer") {
 		t.Errorf("no socket: %v", err)
 	}
 	l, err := net.Listen("unix", dir+"/sock")
@@ -264,7 +264,7 @@ func TestVirtSilent(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	go func() { <-asked; cancel() }()
-	if _, err := virt(dir+"/sock", nil).Check(ctx); err == nil || !errors.Is(err, context.Canceled) {
+	if _, err := (&Host{}).libvirt(dir + "/sock").Check(ctx); err == nil || !errors.Is(err, context.Canceled) {
 		t.Errorf("silent: %v", err)
 	}
 }

@@ -4,14 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"strings"
 	"time"
 
-	libvirt "github.com/digitalocean/go-libvirt"
 	"golang.org/x/sys/unix"
+
+	"platter/hostprep/virt"
 )
 
 // Steps lists the preparation of the host, in order.
@@ -29,9 +29,9 @@ func (h *Host) Steps() []Step {
 			{"ssh.service", "sshd.service", "ssh.socket"},
 		}),
 		h.bridges(),
-		virt("/run/libvirt/libvirt-sock", func(ctx context.Context) error {
-			return startFirst(ctx, h.Systemd, "libvirtd.service", "virtqemud.service")
-		}),
+		h.libvirt(virt.Sockets...),
+		h.ports(),
+		h.guests(),
 	}
 }
 
@@ -90,41 +90,3 @@ func command(ctx context.Context, name string, args ...string) (string, error) {
 	}
 	return strings.TrimSpace(string(out)), nil
 }
-
-// virt: libvirt answers at its socket. start starts it and waits until it has.
-func virt(socket string, start func(context.Context) error) Step {
-	return Step{
-		Name:  "libvirt",
-		Apply: func(ctx context.Context, _ *Journal) error { return start(ctx) },
-		Next:  "Look at 'journalctl -u libvirtd' on the node",
-		Check: func(ctx context.Context) ([]Finding, error) {
-			f := Finding{What: "libvirt", Want: "an answer", Why: "it runs the VMs"}
-			// A daemon that the socket starts first may take a while on a
-			// slow machine.
-			ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-			defer cancel()
-			conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
-			if err != nil {
-				return nil, fmt.Errorf("libvirt does not answer: %w", err)
-			}
-			defer context.AfterFunc(ctx, func() { conn.Close() })()
-			l := libvirt.NewWithDialer(dialed{conn})
-			if err := l.ConnectToURI(libvirt.QEMUSystem); err != nil {
-				conn.Close()
-				return nil, fmt.Errorf("libvirt does not answer: %w", errors.Join(context.Cause(ctx), err))
-			}
-			defer l.Disconnect()
-			v, err := l.ConnectGetLibVersion()
-			if err != nil {
-				return nil, fmt.Errorf("libvirt does not tell its version: %w", err)
-			}
-			f.OK, f.Is = true, fmt.Sprintf("%d.%d.%d", v/1_000_000, v/1_000%1_000, v%1_000)
-			return []Finding{f}, nil
-		},
-	}
-}
-
-// dialed is a connection that was made already.
-type dialed struct{ net.Conn }
-
-func (d dialed) Dial() (net.Conn, error) { return d.Conn, nil }

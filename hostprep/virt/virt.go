@@ -93,6 +93,7 @@ type Domain struct {
 	Name       string
 	UUID       string
 	Active     bool   // it has a process: it runs, is paused, or is on its way down
+	Starting   bool   // active, but still being plugged in
 	Autostart  bool   // it is to run whenever the host does
 	Memory     uint64 // bytes that it may use at most
 	Interfaces []Interface
@@ -147,6 +148,11 @@ func (c *Conn) domain(h libvirt.Domain) (Domain, error) {
 		return d, err
 	}
 	d.Active = active == 1
+	state, reason, err := c.l.DomainGetState(h, 0)
+	if err != nil {
+		return d, err
+	}
+	d.Starting = libvirt.DomainState(state) == libvirt.DomainPaused && libvirt.DomainPausedReason(reason) == libvirt.DomainPausedStartingUp
 	auto, err := c.l.DomainGetAutostart(h)
 	if err != nil && !has(err, libvirt.ErrOperationInvalid) { // of one that lives only until it ends
 		return d, err

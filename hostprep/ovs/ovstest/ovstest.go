@@ -19,7 +19,8 @@ import (
 	"platter/hostprep/ovs"
 )
 
-// inside is set in the process that has its own namespaces.
+// inside is set in the processes that have their own namespaces: the first of
+// them, whose name ends in init, and the one in which the test runs.
 const inside = "PLATTER_TEST_ALONE"
 
 // Alone runs the calling test in a process of its own, with a network, process
@@ -38,6 +39,9 @@ func Alone(t *testing.T) bool {
 		furnish(t)
 		return true
 	}
+	if os.Getenv(inside) == t.Name()+"/init" {
+		initialise(t)
+	}
 	if os.Getuid() != 0 {
 		t.Skip("needs root, for namespaces")
 	}
@@ -51,7 +55,7 @@ func Alone(t *testing.T) bool {
 		args = append(args, "-test.v")
 	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
-	cmd.Env = append(os.Environ(), inside+"="+t.Name())
+	cmd.Env = append(os.Environ(), inside+"="+t.Name()+"/init")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWPID,
 		// As an unsharing, the mounts are made private too.
@@ -69,6 +73,28 @@ func Alone(t *testing.T) bool {
 	}
 	t.Logf("%s", out)
 	return false
+}
+
+// initialise is the first process of the namespace: it starts the test and
+// takes note of every process that ends. Daemons that nobody waited for would
+// be there for ever.
+func initialise(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), inside+"="+t.Name())
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		var status unix.WaitStatus
+		switch pid, err := unix.Wait4(-1, &status, 0, nil); {
+		case err == unix.EINTR:
+		case err != nil:
+			t.Fatal(err)
+		case pid == cmd.Process.Pid:
+			os.Exit(status.ExitStatus())
+		}
+	}
 }
 
 func furnish(t *testing.T) {
