@@ -168,7 +168,7 @@ func (h *Host) StartGuests(ctx context.Context, rep Progress) error {
 	var group errgroup.Group
 	group.SetLimit(spec.Parallel)
 	for n, d := range due {
-		if n > 0 && wait(ctx, spec.Delay) != nil {
+		if n > 0 && provision.Sleep(ctx, spec.Delay) != nil {
 			break
 		}
 		if err := h.calm(ctx, rep); err != nil {
@@ -236,7 +236,7 @@ func (h *Host) calm(ctx context.Context, rep Progress) error {
 		case !told:
 			rep.Logf("guests: waiting for the disks, which are busy %.0f %% of the time", busy)
 		}
-		if err := wait(ctx, time.Second); err != nil {
+		if err := provision.Sleep(ctx, time.Second); err != nil {
 			return err
 		}
 	}
@@ -270,7 +270,7 @@ func (p plumbing) bringUp(ctx context.Context, d virt.Domain, rep Progress) (str
 			return "", fmt.Errorf("%w (tried %d times)", err, try)
 		}
 		rep.Logf("guests: %s: %v: trying again", d.Name, err)
-		if err := wait(ctx, startPause<<(try-1)); err != nil {
+		if err := provision.Sleep(ctx, startPause<<(try-1)); err != nil {
 			return "", err
 		}
 		// libvirt refuses a device whose row is on another bridge.
@@ -350,7 +350,7 @@ func (p plumbing) bridgeUp(ctx context.Context, name string) error {
 		return err
 	}
 	if _, port := find(bridges, name); port == nil {
-		return fmt.Errorf("Open vSwitch has no bridge %s: put it into the rack file, or into the VM's definition one that is there", name)
+		return fmt.Errorf("bridge %s is not in Open vSwitch: put it into the rack file, or into the VM's definition one that is there", name)
 	}
 	ctx, cancel := context.WithTimeout(ctx, bridgeTime)
 	defer cancel()

@@ -172,7 +172,7 @@ func TestGuests(t *testing.T) {
 	}
 	rep := &heard{}
 	err = host.StartGuests(ctx, rep)
-	if err == nil || !strings.Contains(err.Error(), "1 of 3 VMs did not start: VM lost: Open vSwitch has no bridge br9") {
+	if err == nil || !strings.Contains(err.Error(), "1 of 3 VMs did not start: VM lost: bridge br9 is not in Open vSwitch") {
 		t.Errorf("start: %v", err)
 	}
 	said(rep, "repaired: port vnet0 of VM mail: left behind on bridge br1, VLAN 77",

@@ -14,6 +14,7 @@ import (
 
 	"platter/hostprep/ovs"
 	"platter/hostprep/virt"
+	"platter/provision"
 )
 
 // Fault is a port of a VM in Open vSwitch that is not as the VM needs it.
@@ -234,23 +235,13 @@ func (p plumbing) lasting(ctx context.Context) ([]Fault, int, error) {
 	if err != nil || len(first) == 0 {
 		return nil, ports, err
 	}
-	if err := wait(ctx, secondLook); err != nil {
+	if err := provision.Sleep(ctx, secondLook); err != nil {
 		return nil, 0, err
 	}
 	second, ports, err := p.faults(ctx)
 	return slices.DeleteFunc(second, func(f Fault) bool {
 		return !slices.ContainsFunc(first, func(g Fault) bool { return f.String() == g.String() })
 	}), ports, err
-}
-
-// wait is a pause that ends with ctx.
-func wait(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // switchTime is how long the switch may take to act on a change.
