@@ -114,7 +114,7 @@ func (h *Host) guests() Step {
 
 const (
 	startTries = 3
-	startPause = 2 * time.Second // after the first failure, then twice that
+	startPause = time.Second // after the first failure, then twice that
 	// ioBusy is the share of the last ten seconds, in percent, in which
 	// something waited for a disk, above which no further domain is started;
 	// but none waits longer than ioPatience.

@@ -30,8 +30,8 @@ func (h *Host) Steps() []Step {
 		}),
 		h.bridges(),
 		h.libvirt(virt.Sockets...),
-		h.ports(),
 		h.guests(),
+		h.ports(), // after the guests' unit, which repairs ports too
 	}
 }
 
