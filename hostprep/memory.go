@@ -164,6 +164,10 @@ func (h *Host) share() Step {
 		if err != nil || h.Systemd == nil {
 			return found, err
 		}
+		if _, err := os.Stat(filepath.Join(h.Root, "/sys/fs/cgroup/cgroup.controllers")); err != nil {
+			return append(found, Finding{What: "CPU share of the host", OK: true, Is: "not to be seen with cgroups of version 1", Want: "400",
+				Why: found[0].Why, Source: found[0].Source}), nil
+		}
 		onDisk := len(Result{Findings: found}.Deviations()) == 0
 		f := place{what: "CPU share of the host", set: provision.Setting{Value: "400", Why: found[0].Why, Source: found[0].Source},
 			paths: []string{"/sys/fs/cgroup/system.slice/cpu.weight"}}.find(look)
