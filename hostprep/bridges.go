@@ -1,6 +1,7 @@
 package hostprep
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,7 +47,18 @@ func (h *Host) bridges() Step {
 			}
 			return out, nil
 		},
-		Apply: h.applyBridges,
+		Apply: func(ctx context.Context, j *Journal) error {
+			err := h.applyBridges(ctx, j)
+			if err == nil {
+				return nil
+			}
+			if on, failed := h.fallBack(); failed != nil {
+				err = fmt.Errorf("%w; and the host's address is nowhere: %w", err, failed)
+			} else if on != "" {
+				err = fmt.Errorf("%w; until then the host's address is on %s", err, on)
+			}
+			return err
+		},
 	}
 }
 
@@ -62,10 +74,13 @@ type bridgeView struct {
 	trial    *trial            // one that was not brought to its end
 	silent   error             // why nobody could tell whether a change cuts the host off
 	failed   map[string]string // bridges whose change was taken back, with the reason
+	// confirmed are management bridges that the host was reached over before,
+	// with what was there before them. To go back to one asks nobody.
+	confirmed map[string]trial
 }
 
 func (h *Host) viewBridges(ctx context.Context) (bridgeView, error) {
-	v := bridgeView{h: h, rows: map[string]ovs.Bridge{}, failed: map[string]string{}, networkd: h.networkd()}
+	v := bridgeView{h: h, rows: map[string]ovs.Bridge{}, failed: map[string]string{}, confirmed: map[string]trial{}, networkd: h.networkd()}
 	s, err := ovs.Dial(ctx, "")
 	if err != nil {
 		return v, err
@@ -84,6 +99,17 @@ func (h *Host) viewBridges(ctx context.Context) (bridgeView, error) {
 		return v, err
 	}
 	v.managed = wayTo(h.Reach)
+	before, err := h.before()
+	if err != nil {
+		return v, err
+	}
+	for _, b := range Bridges(h.Spec) {
+		for _, t := range before {
+			if t.Bridge == b.Name && b.Management && sameUplink(uplinkOf(v.rows[b.Name], b), b) {
+				v.confirmed[b.Name] = t
+			}
+		}
+	}
 	risky := false
 	for _, b := range Bridges(h.Spec) {
 		if reason := h.takenBack(b); reason != "" && !h.Retry {
@@ -92,9 +118,12 @@ func (h *Host) viewBridges(ctx context.Context) (bridgeView, error) {
 			risky = risky || v.risky(b)
 		}
 	}
-	if risky && len(h.Reach) == 0 {
+	switch {
+	case risky && len(h.Reach) == 0:
 		v.silent = errors.New("no disc host or gateway is known that could confirm a change: with -c, name the node with --node")
-	} else if risky {
+	case risky && v.managed == "":
+		v.silent = fmt.Errorf("there is no way to %s", names(h.Reach))
+	case risky:
 		ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 		defer cancel()
 		v.silent = answers(ctx, h.Reach)
@@ -174,7 +203,12 @@ func (v bridgeView) bridge(b provision.Bridge) []Finding {
 	if b.Management {
 		f := Finding{What: "address of the host", Is: "on " + v.managed, Want: "on " + b.Name, OK: v.managed == b.Name,
 			Why: "the interface belongs to the bridge, frames for the host arrive at the bridge"}
-		if v.managed == "" {
+		if t, ok := v.confirmed[b.Name]; ok {
+			f.OK, f.Is = v.has(b.Name, t.managed().Addrs), "not on "+b.Name
+			if f.OK {
+				f.Is = f.Want
+			}
+		} else if v.managed == "" {
 			f.Is = "unknown: there is no way to " + names(v.h.Reach)
 		}
 		out = append(out, f)
@@ -200,12 +234,22 @@ func (v bridgeView) bridge(b provision.Bridge) []Finding {
 	return out
 }
 
+// has tells whether the interface has all these addresses.
+func (v bridgeView) has(name string, addrs []addr) bool {
+	for _, a := range addrs {
+		if !slices.ContainsFunc(v.devices[name].Addrs, func(x addr) bool { return x.Prefix == a.Prefix }) {
+			return false
+		}
+	}
+	return true
+}
+
 // refusals are the reasons why b cannot be on this host at all.
 func (v bridgeView) refusals(b provision.Bridge) []string {
 	var out []string
 	no := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
 	if d, ok := v.devices[b.Name]; ok && v.rows[b.Name].Name == "" {
-		no("%s is another interface of this host (%s)", b.Name, or(d.kind, "a card"))
+		no("%s is another interface of this host (%s)", b.Name, cmp.Or(d.kind, "a card"))
 	}
 	for _, name := range b.Uplink.Interfaces {
 		d, ok := v.devices[name]
@@ -224,11 +268,14 @@ func (v bridgeView) refusals(b provision.Bridge) []string {
 				no("interface %s is part of the bridge %s already", name, row.Name)
 			}
 		}
+		if t, ok := v.confirmed[b.Name]; ok && t.Managed == name {
+			continue
+		}
 		if len(d.Addrs) > 0 && !(b.Management && (name == v.managed || v.managed == "")) {
 			no("interface %s has the address %s, which would be cut off: say management: true, or use another interface", name, d.Addrs[0].Prefix)
 		}
 	}
-	if b.Management && v.managed != b.Name && v.managed != "" {
+	if _, ok := v.confirmed[b.Name]; !ok && b.Management && v.managed != b.Name && v.managed != "" {
 		d := v.devices[v.managed]
 		for _, a := range d.Addrs {
 			if a.Leased {
@@ -245,6 +292,9 @@ func (v bridgeView) refusals(b provision.Bridge) []string {
 // risky tells whether bringing b about touches the interface that the host is
 // managed over.
 func (v bridgeView) risky(b provision.Bridge) bool {
+	if _, ok := v.confirmed[b.Name]; ok && v.managed != b.Name {
+		return false
+	}
 	if b.Management && v.managed != b.Name {
 		return true
 	}
@@ -357,6 +407,9 @@ func (h *Host) applyBridges(ctx context.Context, j *Journal) error {
 			err = h.try(ctx, s, v, b, j)
 		default:
 			if err = h.makeBridge(ctx, s, v, b); err == nil {
+				err = v.settle(b)
+			}
+			if err == nil {
 				err = h.layFiles(ctx, j, v.files(b))
 			}
 		}
@@ -365,6 +418,15 @@ func (h *Host) applyBridges(ctx context.Context, j *Journal) error {
 		}
 	}
 	return nil
+}
+
+// settle puts the host's address back onto a bridge that was confirmed before.
+func (v bridgeView) settle(b provision.Bridge) error {
+	t, ok := v.confirmed[b.Name]
+	if !ok || v.has(b.Name, t.managed().Addrs) {
+		return nil
+	}
+	return errors.Join(t.managed().drop(t.Managed), t.managed().carry(b.Name))
 }
 
 // makeBridge brings rows and devices of b about; ports of VMs are not touched.
@@ -385,11 +447,15 @@ func (h *Host) makeBridge(ctx context.Context, s *ovs.Switch, v bridgeView, b pr
 			changes = append(changes, ovs.AddPort(b.Name, uplinkPort(b)))
 		}
 	}
-	if b.Management && v.managed != b.Name && v.managed != "" {
+	if _, ok := v.confirmed[b.Name]; !ok && b.Management && v.managed != b.Name && v.managed != "" {
 		// The rack shall see the address at the place where it was.
 		changes = append(changes, ovs.SetHardwareAddr(b.Name, v.devices[v.managed].MAC))
 	}
-	if len(changes) > 0 {
+	if _, there := v.devices[b.Name]; len(changes) > 0 || !there {
+		// Also where only the device is missing: the switch may still be
+		// about to make it.
+		ctx, cancel := context.WithTimeout(ctx, cmp.Or(h.patience, time.Minute))
+		defer cancel()
 		if err := s.Apply(ctx, changes...); err != nil {
 			return err
 		}
@@ -434,11 +500,4 @@ func (h *Host) layFiles(ctx context.Context, j *Journal, files []File) error {
 		return nil
 	}
 	return errors.Join(h.reload(ctx), h.reloadNetwork(ctx))
-}
-
-func or(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
 }

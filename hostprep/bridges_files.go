@@ -78,7 +78,7 @@ ConfigureWithoutCarrier=yes
 func (v bridgeView) addressFile(b provision.Bridge) (File, error) {
 	f := File{Path: networkDir + "/05-platter-" + b.Name + ".network", Why: "the host's address is on the bridge after a reboot too"}
 	from := v.h.networkFile(v.devices[v.managed])
-	if v.managed == b.Name {
+	if _, ok := v.confirmed[b.Name]; ok || v.managed == b.Name {
 		// It moved: the file tells where it came from.
 		now, _ := os.ReadFile(filepath.Join(v.h.Root, f.Path))
 		for line := range strings.Lines(string(now)) {
@@ -122,7 +122,7 @@ func (h *Host) uplinkUnit() []File {
 [Unit]
 Description=Takes back a change of the uplink that nobody confirmed
 ConditionPathExists=` + trialFile + `
-After=ovsdb-server.service ovs-vswitchd.service systemd-networkd.service
+After=ovsdb-server.service ovs-vswitchd.service systemd-networkd.service dbus.service
 Before=network-online.target
 
 [Service]

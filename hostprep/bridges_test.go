@@ -335,7 +335,7 @@ func TestManagement(t *testing.T) {
 	if !ovstest.Alone(t) {
 		return
 	}
-	ovstest.Start(t)
+	daemons := ovstest.Start(t)
 	root := wires(t)
 	conn, err := net.DialTimeout("tcp", disc.String(), 10*time.Second)
 	if err != nil {
@@ -419,6 +419,52 @@ func TestManagement(t *testing.T) {
 	if _, err := os.Stat(root + "/etc/systemd/network/05-platter-eth1.network"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the next boot would use eth1: %v", err)
 	}
+
+	// A switch that does not come up again: the address falls back.
+	h.Spec.Bridges[0].Uplink = provision.Uplink{Interfaces: []string{"eth0", "eth3"}, Bond: provision.BondActiveBackup}
+	daemons.StopSwitch()
+	if err := netlink.LinkDel(must(netlink.LinkByName("br0"))); err != nil {
+		t.Fatal(err)
+	}
+	h.patience = time.Second
+	if err := h.applyNow(t.Context()); err == nil || !strings.Contains(err.Error(), "until then the host's address is on eth0") {
+		t.Errorf("a bridge without a switch: %v", err)
+	}
+	if at := whereHome(t); at != "eth0" {
+		t.Errorf("the address is on %s", at)
+	}
+	// And goes back onto the bridge with the switch.
+	h.patience = 0
+	daemons.StartSwitch()
+	if err := h.applyNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	reached(t, "br0")
+	clean()
+
+	var told []string
+	if err := h.UndoBridges(t.Context(), func(s string) { told = append(told, s) }); err != nil {
+		t.Fatal(err)
+	}
+	reached(t, "eth0")
+	if rows := bridgesNow(t); len(rows) > 0 || !slices.Contains(told, "the host's address is on eth0") {
+		t.Errorf("left: %+v, told: %q", rows, told)
+	}
+	if err := must(OpenJournal(root)).Undo(func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"br0", "eth0", "eth3"} {
+		if _, err := os.Stat(root + "/etc/systemd/network/05-platter-" + name + ".network"); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
 }
 
 // TestWrongUplink: a change that cuts the host off is taken back within 30

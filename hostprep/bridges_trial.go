@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -394,29 +395,131 @@ func restoreRows(ctx context.Context, t trial) error {
 	if err != nil {
 		return err
 	}
-	if t.Rows == nil {
+	rows, err := s.Bridges(ctx)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(rows, func(b ovs.Bridge) bool { return b.Name == t.Bridge })
+	if t.Rows == nil && (i < 0 || len(othersPorts(rows[i], t.Want)) == 0) {
 		return s.Apply(ctx, ovs.DeleteBridge(t.Bridge))
+	}
+	if i < 0 {
+		return fmt.Errorf("somebody deleted the bridge %s meanwhile", t.Bridge)
+	}
+	var former ovs.Bridge
+	if t.Rows != nil {
+		former = *t.Rows
+	}
+	changes := []ovs.Change{ovs.SetHardwareAddr(t.Bridge, former.OtherConfig["hwaddr"])}
+	if p := uplinkOf(rows[i], t.Want); p != nil {
+		changes = append(changes, ovs.DeletePort(p.Name))
+	}
+	if p := uplinkOf(former, t.Want); p != nil {
+		changes = append(changes, ovs.AddPort(t.Bridge, *p))
+	}
+	mtu := 0
+	for _, p := range former.Ports {
+		if p.Name == t.Bridge && len(p.Interfaces) > 0 {
+			mtu = p.Interfaces[0].MTURequest
+		}
+	}
+	return s.Apply(ctx, append(changes, ovs.SetMTU(t.Bridge, mtu))...)
+}
+
+// othersPorts are the ports of a bridge that are neither its host's side nor
+// its uplink: those of VMs.
+func othersPorts(row ovs.Bridge, b provision.Bridge) []string {
+	var out []string
+	up := uplinkOf(row, b)
+	for _, p := range row.Ports {
+		if p.Name != row.Name && (up == nil || p.Name != up.Name) {
+			out = append(out, p.Name)
+		}
+	}
+	return out
+}
+
+// before are the states before the first change of each management uplink.
+func (h *Host) before() ([]trial, error) {
+	names, err := filepath.Glob(h.at(beforeFile("*")))
+	if err != nil {
+		return nil, err
+	}
+	var out []trial
+	for _, name := range names {
+		var t trial
+		text, err := os.ReadFile(name)
+		if err == nil {
+			err = json.Unmarshal(text, &t)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+// fallBack puts the host's address where it was before its bridge, until the
+// next boot, where the bridge has no device: a host that is reached can be
+// mended.
+func (h *Host) fallBack() (on string, err error) {
+	all, err := h.before()
+	for _, t := range all {
+		if _, e := net.InterfaceByName(t.Bridge); e == nil || t.Managed == t.Bridge {
+			continue
+		}
+		on = t.Managed
+		err = errors.Join(err, raise(on, 0), t.managed().carry(on))
+	}
+	return on, err
+}
+
+// UndoBridges takes back what the bridges step did: addresses are on their
+// former interfaces, and the bridges that it made are gone, but for those that
+// VMs are plugged into. told hears of each.
+func (h *Host) UndoBridges(ctx context.Context, told func(string)) error {
+	if err := h.endTrial(ctx); err != nil {
+		return err
+	}
+	all, err := h.before()
+	if err != nil {
+		return err
+	}
+	for _, t := range all {
+		if err := h.restore(ctx, t); err != nil {
+			return fmt.Errorf("undoing the bridge %s: %w", t.Bridge, err)
+		}
+		if err := errors.Join(h.forget(beforeFile(t.Bridge)), h.forget(takenBackFile(t.Bridge))); err != nil {
+			return err
+		}
+		told(fmt.Sprintf("the host's address is on %s", t.Managed))
+	}
+	s, err := ovs.Dial(ctx, "")
+	if err != nil {
+		return nil // a host without a switch has no bridges
 	}
 	rows, err := s.Bridges(ctx)
 	if err != nil {
 		return err
 	}
-	changes := []ovs.Change{ovs.SetHardwareAddr(t.Bridge, t.Rows.OtherConfig["hwaddr"])}
-	for _, b := range rows {
-		if b.Name != t.Bridge {
-			continue
-		}
-		if p := uplinkOf(b, t.Want); p != nil {
-			changes = append(changes, ovs.DeletePort(p.Name))
+	for _, row := range rows {
+		others := othersPorts(row, provision.Bridge{})
+		up := uplinkOf(row, provision.Bridge{})
+		switch {
+		case row.ExternalIDs[ourKey] == "made" && len(others) == 0:
+			if err := s.Apply(ctx, ovs.DeleteBridge(row.Name)); err != nil {
+				return err
+			}
+			told("bridge " + row.Name)
+		case row.ExternalIDs[ourKey] == "made":
+			told(fmt.Sprintf("bridge %s stays: %s are plugged into it", row.Name, strings.Join(others, ", ")))
+		case up != nil:
+			if err := s.Apply(ctx, ovs.DeletePort(up.Name)); err != nil {
+				return err
+			}
+			told("uplink of " + row.Name)
 		}
 	}
-	if p := uplinkOf(*t.Rows, t.Want); p != nil {
-		changes = append(changes, ovs.AddPort(t.Bridge, *p))
-	}
-	for _, p := range t.Rows.Ports {
-		if p.Name == t.Bridge && len(p.Interfaces) > 0 {
-			changes = append(changes, ovs.SetMTU(t.Bridge, p.Interfaces[0].MTURequest))
-		}
-	}
-	return s.Apply(ctx, changes...)
+	return nil
 }

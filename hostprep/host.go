@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"platter/provision"
 )
@@ -27,8 +28,9 @@ type Host struct {
 	// Retry: a change of an uplink that was taken back once is tried again.
 	Retry bool
 
-	run      runner // tests put another in place
-	datapath string // of bridges that are made; tests say netdev
+	run      runner        // tests put another in place
+	datapath string        // of bridges that are made; tests say netdev
+	patience time.Duration // with a switch that does not act; default one minute
 }
 
 // NodeSelf is Self on a node that Platter installed.

@@ -62,7 +62,9 @@ type Env struct {
 	Rack           func(file, node string) (Target, error)
 	Stdout, Stderr io.Writer
 
-	steps func(*hostprep.Host) []hostprep.Step // tests put other steps in place
+	// Tests put others in place.
+	steps       func(*hostprep.Host) []hostprep.Step
+	undoBridges func(context.Context, *hostprep.Host, func(what string)) error
 }
 
 const (
@@ -78,6 +80,9 @@ func Run(ctx context.Context, args []string, e Env) int {
 	}
 	if e.steps == nil {
 		e.steps = (*hostprep.Host).Steps
+	}
+	if e.undoBridges == nil {
+		e.undoBridges = func(ctx context.Context, h *hostprep.Host, told func(string)) error { return h.UndoBridges(ctx, told) }
 	}
 	c := command{Env: e}
 	code, err := c.run(ctx, args)
@@ -320,11 +325,14 @@ func (c *command) undo(ctx context.Context) (int, error) {
 	if err != nil {
 		return failed, err
 	}
-	if j.Empty() {
+	n, reboot := 0, 0
+	if err := c.undoBridges(ctx, h, func(what string) { n++; fmt.Fprintln(c.Stdout, what) }); err != nil {
+		return failed, err
+	}
+	if n == 0 && j.Empty() {
 		_, err := fmt.Fprintln(c.Stdout, "There is nothing to undo: no apply has changed this host.")
 		return clean, err
 	}
-	n, reboot := 0, 0
 	undone := j.Undo(func(path string) {
 		n++
 		for _, p := range atBoot {

@@ -35,11 +35,13 @@ func broken(why string) hostprep.Step {
 		Check: func(context.Context) ([]hostprep.Finding, error) { return nil, errors.New(why) }}
 }
 
+func noBridges(context.Context, *hostprep.Host, func(string)) error { return nil }
+
 // host runs one command line on the host at root.
 func host(t *testing.T, root string, steps func(*hostprep.Host) []hostprep.Step, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	code = Run(t.Context(), args, Env{Root: root, Stdout: &out, Stderr: &errs, steps: steps})
+	code = Run(t.Context(), args, Env{Root: root, Stdout: &out, Stderr: &errs, steps: steps, undoBridges: noBridges})
 	return code, out.String(), errs.String()
 }
 
@@ -197,7 +199,8 @@ func TestTold(t *testing.T) {
 		Rack: func(file, node string) (Target, error) {
 			return Target{Spec: provision.HostSpec{Profile: file + node}, Reach: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:8443")}}, nil
 		},
-		steps: func(h *hostprep.Host) []hostprep.Step { seen = h; return nil },
+		steps:       func(h *hostprep.Host) []hostprep.Step { seen = h; return nil },
+		undoBridges: noBridges,
 	}
 	for _, c := range []struct{ line, want string }{
 		{"check", "mixed"},
