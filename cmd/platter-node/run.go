@@ -28,7 +28,7 @@ const usage = `usage: platter-node COMMAND
 
   agent     the life on an installed host, started by platter-agent.service
   boot      the life in the initramfs, also started as uinit
-  host      check, apply, undo the preparation of this host; see 'host --help'
+  host      check, apply, repair, undo the preparation of this host; see 'host --help'
   install   lay a plan's image on a file or disk, without a disc host's orders
   version   print the version
 `

@@ -15,7 +15,7 @@ import (
 // hostCmd is the command that platter-node has too: it reads its own flags.
 func hostCmd() *cobra.Command {
 	return &cobra.Command{
-		Use:                "host check|apply|undo",
+		Use:                "host check|apply|repair|undo",
 		Short:              "Prepare this host: kernel settings, Open vSwitch, libvirt, and their order",
 		Long:               hostcmd.Usage,
 		DisableFlagParsing: true,

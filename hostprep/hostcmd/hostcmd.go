@@ -26,6 +26,7 @@ const Usage = `Prepare this host, and see whether it is prepared.
 Usage:
   host check [-o json]    list what deviates, why it matters and who says so; change nothing
   host apply [--dry-run]  put right what deviates; --dry-run only lists it
+  host repair             put right the ports of VMs, without stopping a guest
   host undo               put every file and value back as it was before the first apply
 
 What should be, the first that is there:
@@ -111,7 +112,7 @@ func errUsage(format string, args ...any) (int, error) {
 func (c *command) run(ctx context.Context, args []string) (int, error) {
 	if len(args) == 0 {
 		fmt.Fprint(c.Stderr, Usage)
-		return errUsage("check, apply or undo is missing")
+		return errUsage("check, apply, repair or undo is missing")
 	}
 	c.verb = args[0]
 	f := flag.NewFlagSet("host "+c.verb, flag.ContinueOnError)
@@ -131,8 +132,17 @@ func (c *command) run(ctx context.Context, args []string) (int, error) {
 		do = c.apply
 	case "undo":
 		do = c.undo
-	case "guard-uplink": // for the unit that the bridges come with
+	case "repair":
+		do = c.repair
+	// For units that apply lays down.
+	case "guard-uplink":
 		do = c.guardUplink
+	case "purge-ports":
+		do = c.unit((*hostprep.Host).PurgePorts)
+	case "start-guests":
+		do = c.unit((*hostprep.Host).StartGuests)
+	case "stop-guests":
+		do = c.unit((*hostprep.Host).StopGuests)
 	case "-h", "--help", "help":
 		_, err := fmt.Fprint(c.Stdout, Usage)
 		return clean, err
@@ -358,6 +368,37 @@ func (c *command) undo(ctx context.Context) (int, error) {
 	return clean, nil
 }
 
+func (c *command) repair(ctx context.Context) (int, error) {
+	if err := c.root("host repair"); err != nil {
+		return failed, err
+	}
+	h, err := c.host(ctx)
+	if err != nil {
+		return failed, err
+	}
+	release, err := c.alone(ctx, h)
+	if err != nil {
+		return failed, err
+	}
+	defer release()
+	return clean, h.Repair(ctx, aloud{c.Stdout})
+}
+
+// unit is what a unit does. It neither waits for whoever changes the host, who
+// may wait for the unit, nor for systemd.
+func (c *command) unit(do func(*hostprep.Host, context.Context, hostprep.Progress) error) func(context.Context) (int, error) {
+	return func(ctx context.Context) (int, error) {
+		if err := c.root("host " + c.verb); err != nil {
+			return failed, err
+		}
+		h, err := c.host(ctx)
+		if err != nil {
+			return failed, err
+		}
+		return clean, do(h, ctx, aloud{c.Stdout})
+	}
+}
+
 func (c *command) guardUplink(ctx context.Context) (int, error) {
 	h, err := c.host(ctx)
 	if err != nil {
@@ -382,6 +423,13 @@ func checked(results []hostprep.Result) int {
 	}
 	return code
 }
+
+// aloud is a Progress that prints what it is told.
+type aloud struct{ w io.Writer }
+
+func (aloud) Phase(string, int, int)            {}
+func (a aloud) Logf(format string, args ...any) { fmt.Fprintf(a.w, format+"\n", args...) }
+func (aloud) Facts(map[string]string)           {}
 
 // quiet is a Progress without a listener: the table at the end says it all.
 type quiet struct{}

@@ -235,7 +235,7 @@ func TestOneAtATime(t *testing.T) {
 		t.Fatal(err)
 	}
 	steps := func(*hostprep.Host) []hostprep.Step { return nil }
-	for _, verb := range []string{"apply", "undo"} {
+	for _, verb := range []string{"apply", "repair", "undo"} {
 		if code, _, errs := host(t, root, steps, verb); code != 1 || !strings.Contains(errs, "is changing this host right now") {
 			t.Errorf("%s: exit %d, %q", verb, code, errs)
 		}
