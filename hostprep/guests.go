@@ -120,6 +120,9 @@ const (
 	// but none waits longer than ioPatience.
 	ioBusy     = 40
 	ioPatience = 2 * time.Minute
+	// startTime is how long one try to start a domain may take: one whose
+	// storage hangs must not keep the others.
+	startTime = 10 * time.Minute
 	// bridgeTime is how long a bridge may take to appear.
 	bridgeTime = time.Minute
 )
@@ -130,6 +133,7 @@ const (
 // on the right bridge and in the right VLAN. Domains that do not come up are
 // named in the error; the others run.
 func (h *Host) StartGuests(ctx context.Context, rep Progress) error {
+	rep = &oneAtATime{rep: rep}
 	p, err := plumb(ctx)
 	if err != nil {
 		return err
@@ -215,6 +219,30 @@ func (h *Host) StartGuests(ctx context.Context, rep Progress) error {
 		Next: "Put right what is named and run '" + h.self("start-guests") + "'; a restart of " + guestsUnit + " would stop all VMs first"}
 }
 
+// oneAtATime lets several goroutines tell.
+type oneAtATime struct {
+	mu  sync.Mutex
+	rep Progress
+}
+
+func (o *oneAtATime) Phase(name string, n, of int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.rep.Phase(name, n, of)
+}
+
+func (o *oneAtATime) Logf(format string, args ...any) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.rep.Logf(format, args...)
+}
+
+func (o *oneAtATime) Facts(facts map[string]string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.rep.Facts(facts)
+}
+
 func oneLine(errs []error) string {
 	var parts []string
 	for _, err := range errs {
@@ -283,6 +311,14 @@ func (p plumbing) bringUp(ctx context.Context, d virt.Domain, rep Progress) (str
 }
 
 func (p plumbing) bringUpOnce(ctx context.Context, d virt.Domain, rep Progress) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	conn, err := virt.Dial(ctx, virt.Sockets...) // one that ends with the try
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	p.virt = conn
 	for _, i := range d.Interfaces {
 		if err := p.bridgeUp(ctx, i.Bridge); err != nil {
 			return "", err
@@ -401,6 +437,7 @@ func awaitLink(ctx context.Context, name string) (netlink.Link, error) {
 // within the time of the rack file, then by force. When it returns without an
 // error none runs and no row of theirs is left in the switch.
 func (h *Host) StopGuests(ctx context.Context, rep Progress) error {
+	rep = &oneAtATime{rep: rep}
 	// Where none runs libvirt need not be woken, least of all during a
 	// shutdown. It keeps a file for each that runs.
 	if running, _ := filepath.Glob("/run/libvirt/qemu/*.xml"); len(running) > 0 {
@@ -431,12 +468,13 @@ func (h *Host) endGuests(ctx context.Context, rep Progress) error {
 	}
 	within := h.guestSpec().StopWithin
 	rep.Logf("guests: shutting down %s, within %s", listed(left), within)
-	together(left, func(d virt.Domain) {
-		if err := conn.Shutdown(d); err != nil {
+	over := time.After(within)
+	// An agent in a guest may take its time to answer; nobody waits for it.
+	go together(left, func(d virt.Domain) {
+		if err := conn.Shutdown(d); err != nil && watch.Err() == nil {
 			rep.Logf("guests: %v", err)
 		}
 	})
-	over := time.After(within)
 	for running := true; running && len(left) > 0; {
 		select {
 		case _, running = <-changes:
@@ -449,6 +487,7 @@ func (h *Host) endGuests(ctx context.Context, rep Progress) error {
 			return err
 		}
 	}
+	stop()
 	for _, graceful := range []bool{true, false} {
 		if len(left) == 0 {
 			break

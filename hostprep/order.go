@@ -93,7 +93,7 @@ TimeoutStopSec=%d
 
 [Install]
 WantedBy=multi-user.target
-`, switchUnits, virtUnits, h.self("start-guests"), h.self("stop-guests"), int((h.guestSpec().StopWithin+2*time.Minute).Seconds()))),
+`, switchUnits, virtUnits, h.self("start-guests"), h.self("stop-guests"), int((h.guestSpec().StopWithin+5*time.Minute).Seconds()))),
 		{Path: units + "multi-user.target.wants/" + guestsUnit, Link: "../" + guestsUnit, Why: why, Source: source},
 
 		// libvirt's own unit for guests would stop them too, one after the

@@ -113,7 +113,7 @@ func TestUnitsVerify(t *testing.T) {
 		t.Errorf("systemd-analyze verify: %v: %s", err, out)
 	}
 	b, err := os.ReadFile(filepath.Join(system, guestsUnit))
-	if err != nil || !strings.Contains(string(b), "\nTimeoutStopSec=420\n") {
+	if err != nil || !strings.Contains(string(b), "\nTimeoutStopSec=600\n") {
 		t.Errorf("%s, %v", b, err)
 	}
 }

@@ -244,6 +244,9 @@ func (p plumbing) lasting(ctx context.Context) ([]Fault, int, error) {
 	}), ports, err
 }
 
+// lookTime is how long libvirt and the switch may take to answer everything.
+const lookTime = 5 * time.Minute
+
 // switchTime is how long the switch may take to act on a change.
 const switchTime = time.Minute
 
@@ -284,6 +287,8 @@ func (p plumbing) mendAll(ctx context.Context, faults []Fault, rep Progress) err
 // right: rows that were left behind go, ports of running VMs are moved, tagged
 // or taken up anew without the guest being stopped.
 func (h *Host) Repair(ctx context.Context, rep Progress) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
 	p, err := plumb(ctx)
 	if err != nil {
 		return err
@@ -313,6 +318,8 @@ func (h *Host) ports() Step {
 		Name: "ports",
 		Next: "Look at 'ovs-vsctl show' and 'journalctl -u ovs-vswitchd -u libvirtd' on the node",
 		Check: func(ctx context.Context) ([]Finding, error) {
+			ctx, cancel := context.WithTimeout(ctx, lookTime)
+			defer cancel()
 			p, err := plumb(ctx)
 			if err != nil {
 				return nil, err
