@@ -408,6 +408,7 @@ func TestManagement(t *testing.T) {
 	before := bridgesNow(t)["br0"]
 
 	h.Spec.Bridges[0].Uplink = uplink("eth1")
+	h.within = 3 * time.Second
 	if err := h.applyNow(t.Context()); err == nil || !strings.Contains(err.Error(), "was taken back") {
 		t.Errorf("%v", err)
 	}
@@ -434,7 +435,7 @@ func TestManagement(t *testing.T) {
 		t.Errorf("the address is on %s", at)
 	}
 	// And goes back onto the bridge with the switch.
-	h.patience = 0
+	h.patience, h.within = 0, 0
 	daemons.StartSwitch()
 	if err := h.applyNow(t.Context()); err != nil {
 		t.Fatal(err)
@@ -476,9 +477,13 @@ func TestWrongUplink(t *testing.T) {
 	}
 	ovstest.Start(t)
 	root := wires(t)
-	for _, c := range []struct{ name, card string }{{"a dead socket", "eth1"}, {"the wrong VLAN", "eth2"}} {
+	for _, c := range []struct {
+		name, card string
+		within     time.Duration
+	}{{"a dead socket", "eth1", 3 * time.Second}, {"the wrong VLAN", "eth2", tryWithin}} {
 		t.Run(c.name, func(t *testing.T) {
 			h := rackHost(root, provision.Bridge{Name: "br0", Management: true, Uplink: uplink(c.card)})
+			h.within = c.within
 			began := time.Now()
 			err := h.applyNow(t.Context())
 			took := time.Since(began)

@@ -2,6 +2,7 @@ package hostprep
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -107,7 +108,7 @@ func (h *Host) try(ctx context.Context, s *ovs.Switch, v bridgeView, b provision
 			t.Files[f.Path] = new(string(text))
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, tryWithin)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(h.within, tryWithin))
 	defer cancel()
 	lock, err := h.begin(t)
 	if err != nil {
@@ -404,7 +405,7 @@ func restoreRows(ctx context.Context, t trial) error {
 		return s.Apply(ctx, ovs.DeleteBridge(t.Bridge))
 	}
 	if i < 0 {
-		return fmt.Errorf("somebody deleted the bridge %s meanwhile", t.Bridge)
+		return fmt.Errorf("the bridge %s has been deleted meanwhile: make it anew with 'ovs-vsctl add-br %s'", t.Bridge, t.Bridge)
 	}
 	var former ovs.Bridge
 	if t.Rows != nil {

@@ -31,6 +31,7 @@ type Host struct {
 	run      runner        // tests put another in place
 	datapath string        // of bridges that are made; tests say netdev
 	patience time.Duration // with a switch that does not act; default one minute
+	within   time.Duration // for a change of an uplink to be confirmed; default tryWithin
 }
 
 // NodeSelf is Self on a node that Platter installed.

@@ -27,7 +27,8 @@ Usage:
   host check [-o json]    list what deviates, why it matters and who says so; change nothing
   host apply [--dry-run]  put right what deviates; --dry-run only lists it
   host repair             put right the ports of VMs, without stopping a guest
-  host undo               put every file and value back as it was before the first apply
+  host undo               put every file, value, address and bridge back as it was before
+                          the first apply; a bridge that VMs are plugged into stays
 
 What should be, the first that is there:
   the plan of the node, /etc/platter/plan.json, where Platter installed the host

@@ -90,27 +90,33 @@ func Run(ctx context.Context, c Config) error {
 				return err
 			}
 			defer sd.Close()
-			host := hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)}
-			release, err := host.Lock(ctx, func(pid string) error {
-				rep.Logf("host: waiting for process %s, which is changing this host", pid)
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			defer release()
-			j, err := hostprep.OpenJournal(host.Root)
-			if err != nil {
-				return err
-			}
-			_, err = hostprep.Apply(ctx, host.Steps(), j, rep)
-			return err
+			host := &hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)}
+			return prepare(ctx, host, host.Steps(), rep)
 		},
 		bring:  func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
 		look:   func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
 		alarms: func() []string { return hostprep.Alarms("/", plan.Host) },
 	}
 	return c.live(ctx, w, facts, statusReporter{rep, c.Notify})
+}
+
+// prepare puts right what is safe to put right on the host. What waits for a
+// reboot or a person is said, and keeps nobody from being ready.
+func prepare(ctx context.Context, host *hostprep.Host, steps []hostprep.Step, rep Reporter) error {
+	release, err := host.Lock(ctx, func(pid string) error {
+		rep.Logf("host: waiting for process %s, which is changing this host", pid)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	defer release()
+	j, err := hostprep.OpenJournal(host.Root)
+	if err != nil {
+		return err
+	}
+	_, err = hostprep.Apply(ctx, steps, j, rep)
+	return err
 }
 
 // live goes through the stages until the node is a member of the cluster, then

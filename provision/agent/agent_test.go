@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"platter/hostprep"
 	"platter/provision"
 	"platter/provision/stack"
 )
@@ -197,6 +198,44 @@ func TestAlarms(t *testing.T) {
 	}
 	if want := []string{"low: 3 % left", "low: 4 % left", "pressure: 30 %", "low: 5 % left", "low: over"}; !slices.Equal(got, want) {
 		t.Errorf("said %q, want %q", got, want)
+	}
+}
+
+// TestDrift: what waits for a reboot or a person is reported and keeps no node
+// from being ready; what could not be put right does.
+func TestDrift(t *testing.T) {
+	step := func(name string, f hostprep.Finding) hostprep.Step {
+		return hostprep.Step{Name: name, Next: "Mend it",
+			Check: func(context.Context) ([]hostprep.Finding, error) { return []hostprep.Finding{f}, nil },
+			Apply: func(context.Context, *hostprep.Journal) error { return nil }}
+	}
+	steps := []hostprep.Step{
+		step("cmdline", hostprep.Finding{What: "iommu", Is: "off", Want: "pt", Boot: true}),
+		step("bridges", hostprep.Finding{What: "uplink", Is: "taken back", Want: "eth0", Person: true}),
+	}
+	host := &hostprep.Host{Root: t.TempDir()}
+	h := newHeard()
+	// Somebody who changes the host is waited for, and named.
+	release, err := host.Lock(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() { done <- prepare(t.Context(), host, steps, h) }()
+	h.wait(t, fmt.Sprintf("log host: waiting for process %d, which is changing this host", os.Getpid()), 1)
+	release()
+	if err := <-done; err != nil {
+		t.Errorf("waits for a reboot and a person: %v", err)
+	}
+	h.wait(t, "log host: cmdline: the next boot brings into effect: iommu is off, should be pt", 1)
+	h.wait(t, "log host: bridges: a person has to put right: uplink is taken back, should be eth0", 1)
+	if h.facts["host_cmdline"] != "reboot" || h.facts["host_bridges"] != "drift" || h.facts["host_bridges_is"] != "taken back" {
+		t.Errorf("facts %v", h.facts)
+	}
+	var f *provision.Failure
+	err = prepare(t.Context(), host, append(steps, step("services", hostprep.Finding{What: "libvirt", Is: "dead", Want: "active"})), h)
+	if !errors.As(err, &f) || f.Code != "host-check" || f.Next != "Mend it" || strings.Contains(f.Message, "uplink") {
+		t.Errorf("a service that does not start: %v", err)
 	}
 }
 
