@@ -67,47 +67,49 @@ func (h *Host) guestSpec() provision.GuestSpec {
 	return g
 }
 
-// guests is the step that wants every domain that is marked autostart to run.
+// guests is the step that wants the guests' unit to be active, and with it every
+// domain that is marked autostart. One that is off while the unit is active did
+// not come up, or somebody has shut it down: that is for a person, and no reason
+// to keep the node from its service.
 func (h *Host) guests() Step {
-	unit := func(ctx context.Context) (string, error) {
-		if h.Systemd == nil {
-			return "active", nil
-		}
-		_, active, err := h.Systemd.Unit(guestsUnit).state(ctx) // waits while it is starting them
-		return active, err
-	}
 	return Step{
 		Name: "guests",
 		Next: "Look at 'journalctl -u " + guestsUnit + "' on the node",
 		Check: func(ctx context.Context) ([]Finding, error) {
-			active, err := unit(ctx)
-			if err != nil {
-				return nil, err
+			unit := Finding{What: guestsUnit, OK: true, Is: "active", Want: "active", Why: "it starts the VMs, and ends them before libvirt and the switch stop"}
+			if h.Systemd != nil {
+				_, active, err := h.Systemd.Unit(guestsUnit).state(ctx) // waits while it is starting them
+				if err != nil {
+					return nil, err
+				}
+				unit.OK, unit.Is = active == "active", active
 			}
-			out := []Finding{{What: guestsUnit, OK: active == "active", Is: active, Want: "active",
-				Why: "it ends the VMs before libvirt and the switch stop"}}
+			ctx, cancel := context.WithTimeout(ctx, lookTime)
+			defer cancel()
 			conn, err := virt.Dial(ctx, virt.Sockets...)
 			if err != nil {
-				return out, err
+				return []Finding{unit}, err
 			}
 			defer conn.Close()
 			domains, err := conn.Domains()
+			out := []Finding{unit}
 			for _, d := range domains {
-				if d.Autostart {
-					f := Finding{What: "VM " + d.Name, OK: d.Active, Is: "running", Want: "running", Why: "it is marked autostart"}
-					if !d.Active {
-						f.Is = "off"
-					}
-					out = append(out, f)
+				if !d.Autostart {
+					continue
 				}
+				f := Finding{What: "VM " + d.Name, OK: d.Active, Is: "running", Want: "running", Why: "it is marked autostart"}
+				if !d.Active {
+					f.Is, f.Person = "off, see 'journalctl -u "+guestsUnit+"'", unit.OK
+				}
+				out = append(out, f)
 			}
 			return out, err
 		},
 		Apply: func(ctx context.Context, _ *Journal) error {
-			if active, err := unit(ctx); err != nil || active != "active" {
-				return errors.Join(err, h.Systemd.Unit(guestsUnit).Start(ctx))
+			if h.Systemd == nil {
+				return nil
 			}
-			return h.StartGuests(ctx, silent{})
+			return h.Systemd.Unit(guestsUnit).Start(ctx)
 		},
 	}
 }

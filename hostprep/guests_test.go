@@ -267,8 +267,22 @@ func TestGuests(t *testing.T) {
 	}
 	said(rep, "2 to start")
 	same("started twice")
-	if f, err := host.guests().Check(ctx); err != nil || len(f) != 5 || f[2].OK || f[2].What != "VM lost" || !f[3].OK {
+	if f, err := host.guests().Check(ctx); err != nil || len(f) != 5 || f[2].OK || !f[2].Person || f[2].What != "VM lost" || !f[3].OK {
 		t.Errorf("step: %+v, %v", f, err)
+	}
+
+	// What nothing here can put right is said, and does not fail the host.
+	if link, err := netlink.LinkByName(web); err != nil || netlink.LinkDel(link) != nil {
+		t.Fatalf("%s: %v", web, err)
+	}
+	if err := host.Repair(ctx, &heard{}); err == nil || err.Error() != "port "+web+" of VM web: without its device, should be there: stop the VM and start it" {
+		t.Errorf("repair: %v", err)
+	}
+	if r, err := Apply(ctx, []Step{step}, nil, &heard{}); err != nil || r[0].Outcome != Drift {
+		t.Errorf("step: %+v, %v", r, err)
+	}
+	if got := rows(); len(got) != 1 || got[mail] != before[mail] {
+		t.Errorf("ports %v", got)
 	}
 
 	for _, want := range []string{"still running, ended now: mail, web", "guests: none runs"} {

@@ -258,13 +258,14 @@ func (p plumbing) mend(ctx context.Context, f Fault) error {
 		return errors.New(f.String())
 	case f.stale && deviceExists(f.Port):
 		return nil // it came back, and is judged as a living one with the next look
-	case f.stale:
-		// The switch need not act on what it could not use.
-		return p.sw.Commit(ctx, f.changes...)
+	}
+	act := p.sw.Apply
+	if f.stale {
+		act = p.sw.Commit // the switch need not act on what it could not use
 	}
 	ctx, cancel := context.WithTimeout(ctx, switchTime)
 	defer cancel()
-	if err := p.sw.Apply(ctx, f.changes...); err != nil {
+	if err := act(ctx, f.changes...); err != nil {
 		return fmt.Errorf("%s: %w", f, err)
 	}
 	return nil
@@ -285,31 +286,38 @@ func (p plumbing) mendAll(ctx context.Context, faults []Fault, rep Progress) err
 
 // Repair finds the ports of VMs that are not as they should be and puts them
 // right: rows that were left behind go, ports of running VMs are moved, tagged
-// or taken up anew without the guest being stopped.
+// or taken up anew without the guest being stopped. What is wrong at the end is
+// named in the error.
 func (h *Host) Repair(ctx context.Context, rep Progress) error {
-	ctx, cancel := context.WithTimeout(ctx, lookTime)
-	defer cancel()
-	p, err := plumb(ctx)
-	if err != nil {
-		return err
-	}
-	defer p.virt.Close()
-	faults, ports, err := p.lasting(ctx)
-	if err != nil {
-		return err
-	}
-	if err := p.mendAll(ctx, faults, rep); err != nil {
-		return err
-	}
-	if len(faults) == 0 {
-		rep.Logf("ports: %d of running VMs, all right", ports)
-		return nil
-	}
-	left, _, err := p.lasting(ctx)
+	left, err := h.repair(ctx, rep)
 	for _, f := range left {
 		err = errors.Join(err, errors.New(f.String()))
 	}
 	return err
+}
+
+// repair also returns what it cannot put right.
+func (h *Host) repair(ctx context.Context, rep Progress) (left []Fault, err error) {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	p, err := plumb(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer p.virt.Close()
+	faults, ports, err := p.lasting(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(faults) == 0 {
+		rep.Logf("ports: %d of running VMs, all right", ports)
+		return nil, nil
+	}
+	if err := p.mendAll(ctx, slices.DeleteFunc(faults, func(f Fault) bool { return f.beyond }), rep); err != nil {
+		return nil, err
+	}
+	left, _, err = p.lasting(ctx)
+	return left, err
 }
 
 // ports is the step that keeps the ports of VMs right.
@@ -332,11 +340,14 @@ func (h *Host) ports() Step {
 			}
 			var out []Finding
 			for _, f := range faults {
-				out = append(out, Finding{What: fmt.Sprintf("port %s of VM %s", f.Port, f.VM), Is: f.Is, Want: f.Want, Why: why})
+				out = append(out, Finding{What: fmt.Sprintf("port %s of VM %s", f.Port, f.VM), Is: f.Is, Want: f.Want, Why: why, Person: f.beyond})
 			}
 			return out, err
 		},
-		Apply: func(ctx context.Context, _ *Journal) error { return h.Repair(ctx, silent{}) },
+		Apply: func(ctx context.Context, _ *Journal) error {
+			_, err := h.repair(ctx, silent{}) // what is left is looked at again
+			return err
+		},
 	}
 }
 
