@@ -58,7 +58,6 @@ func (v bridgeView) files(b provision.Bridge) []File {
 		out = append(out, File{Path: networkDir + "/05-platter-" + name + ".network", Why: "else the interface would not be up, or would have an address of its own", Content: `# Written by Platter: this interface belongs to the bridge ` + b.Name + `.
 [Match]
 Name=` + name + `
-Kind=!*
 
 [Link]
 RequiredForOnline=no

@@ -9,9 +9,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -148,7 +150,7 @@ func wires(t *testing.T) (root string) {
 		must(os.WriteFile(root+path, []byte(text), 0o644))
 	}
 	lay(fmt.Sprintf("/run/systemd/netif/links/%d", eth0.Attrs().Index), "ADMIN_STATE=configured\nNETWORK_FILE=/etc/systemd/network/10-platter.network\n")
-	lay("/etc/systemd/network/10-platter.network", "# Written.\n[Match]\nMACAddress="+eth0.Attrs().HardwareAddr.String()+"\nKind=!*\n\n[Network]\nAddress=10.9.0.2/24\nGateway=10.9.0.1\nDNS=10.9.0.1\n")
+	lay("/etc/systemd/network/10-platter.network", "# Written.\n[Match]\nMACAddress="+eth0.Attrs().HardwareAddr.String()+"\n\n[Network]\nAddress=10.9.0.2/24\nGateway=10.9.0.1\nDNS=10.9.0.1\nDHCP=no\nIPv6AcceptRA=no\nLinkLocalAddressing=no\nConfigureWithoutCarrier=yes\n")
 	return root
 }
 
@@ -458,6 +460,91 @@ func TestManagement(t *testing.T) {
 		if _, err := os.Stat(root + "/etc/systemd/network/05-platter-" + name + ".network"); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestNextBoot: the real systemd-networkd puts the address onto the bridge, and
+// onto nothing else, from what a confirmed change left.
+func TestNextBoot(t *testing.T) {
+	t.Parallel()
+	const networkd = "/lib/systemd/systemd-networkd"
+	for _, path := range []string{networkd, networkDir} {
+		if _, err := os.Stat(path); err != nil {
+			t.Skip(err)
+		}
+	}
+	if !ovstest.Alone(t) {
+		return
+	}
+	ovstest.Start(t)
+	root := wires(t)
+	account := must(user.Lookup("systemd-network"))
+	uid, gid := must(strconv.Atoi(account.Uid)), must(strconv.Atoi(account.Gid))
+	for _, err := range []error{
+		unix.Mount(root+networkDir, networkDir, "", unix.MS_BIND, ""),
+		// The sign for it that there is no udev to wait for.
+		unix.Mount("", "/sys", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""),
+		os.MkdirAll(linksDir, 0o755),
+		os.Chown(linksDir, uid, gid), os.Chown(filepath.Dir(linksDir), uid, gid),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	// boot starts systemd-networkd on interfaces without addresses and returns
+	// when the address is somewhere and everything is configured.
+	boot := func() (down func()) {
+		t.Helper()
+		for _, d := range must(devices()) {
+			if err := d.drop(d.Name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cmd := exec.Command(networkd)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for limit := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			pending := ""
+			if whereHome(t) == "" {
+				pending = "the address is nowhere"
+			}
+			for _, d := range must(devices()) {
+				state, err := os.ReadFile(filepath.Join(linksDir, fmt.Sprint(d.index)))
+				if err != nil || strings.Contains(string(state), "ADMIN_STATE=pending") || strings.Contains(string(state), "ADMIN_STATE=configuring") {
+					pending += fmt.Sprintf("; %s: %s %v", d.Name, state, err)
+				}
+			}
+			if pending == "" {
+				break
+			}
+			if time.Now().After(limit) {
+				t.Fatalf("systemd-networkd has not configured everything: %s", pending)
+			}
+		}
+		return func() {
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait()
+		}
+	}
+	down := boot()
+	reached(t, "eth0")
+	if err := errors.Join(os.RemoveAll(root+linksDir), os.Symlink(linksDir, root+linksDir)); err != nil {
+		t.Fatal(err)
+	}
+	h := rackHost(root, provision.Bridge{Name: "br0", MTU: 1400, Management: true, Uplink: provision.Uplink{Interfaces: []string{"eth0", "eth3"}, Bond: provision.BondActiveBackup}})
+	if err := h.applyNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	reached(t, "br0")
+	down()
+	down = boot()
+	defer down()
+	reached(t, "br0")
+	if r, err := Check(t.Context(), []Step{h.bridges()}, &heard{}); err != nil || r[0].Outcome != OK {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
 

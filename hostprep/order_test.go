@@ -98,7 +98,10 @@ func TestUnitsVerify(t *testing.T) {
 			write(filepath.Join(root, "usr/lib/systemd/system", unit), text)
 		}
 	}
-	h := Host{Root: root, Self: []string{"/bin/true"}, Spec: provision.HostSpec{Guests: provision.GuestSpec{StopWithin: 5 * time.Minute}}}
+	h := Host{Root: root, Self: []string{"/bin/true"}, Spec: provision.HostSpec{
+		Guests:  provision.GuestSpec{StopWithin: 5 * time.Minute},
+		Bridges: []provision.Bridge{{Name: "br0", Management: true, Uplink: provision.Uplink{Interfaces: []string{"eth0"}}}},
+	}}
 	j, err := OpenJournal(root)
 	if err == nil {
 		err = h.Prepare(j)
@@ -107,7 +110,7 @@ func TestUnitsVerify(t *testing.T) {
 		t.Fatal(err)
 	}
 	system := filepath.Join(root, units)
-	cmd := exec.Command(tool, "verify", "--man=no", "--recursive-errors=no", guestsUnit, purgeUnit, "libvirtd.service", "virtqemud.service", "ovs-vswitchd.service")
+	cmd := exec.Command(tool, "verify", "--man=no", "--recursive-errors=no", guestsUnit, purgeUnit, guardUnit, "libvirtd.service", "virtqemud.service", "ovs-vswitchd.service")
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+system+":"+filepath.Join(root, "usr/lib/systemd/system")+":/lib/systemd/system")
 	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
 		t.Errorf("systemd-analyze verify: %v: %s", err, out)
