@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/godbus/dbus/v5"
 
@@ -136,9 +137,43 @@ WantedBy=multi-user.target
 	}
 }
 
-// reloadNetwork makes systemd-networkd read its files anew.
+// canReload tells whether systemd-networkd runs and can be told something.
+func (h *Host) canReload() bool {
+	_, err := os.Stat("/run/dbus/system_bus_socket")
+	return err == nil && h.networkd()
+}
+
+// adopted waits until systemd-networkd configures interfaces by these files:
+// it says that it has read them before it acts on them.
+func (h *Host) adopted(ctx context.Context, files []File) error {
+	for h.canReload() {
+		all, err := devices()
+		if err != nil {
+			return err
+		}
+		late := ""
+		for _, f := range files {
+			name := strings.TrimSuffix(strings.TrimPrefix(f.Path, networkDir+"/05-platter-"), ".network")
+			if h.networkFile(all[name]) != f.Path {
+				late = f.Path
+			}
+		}
+		if late == "" {
+			return nil
+		}
+		select { // it does not tell when
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("systemd-networkd does not act on %s: look at 'journalctl -u systemd-networkd'", late)
+		}
+	}
+	return nil
+}
+
+// reloadNetwork makes systemd-networkd read its files anew, where it can be
+// told to.
 func (h *Host) reloadNetwork(ctx context.Context) error {
-	if h.Systemd == nil || !h.networkd() {
+	if !h.canReload() {
 		return nil
 	}
 	bus, err := dbus.ConnectSystemBus(dbus.WithContext(ctx))

@@ -491,19 +491,10 @@ func TestNextBoot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// boot starts systemd-networkd on interfaces without addresses and returns
-	// when the address is somewhere and everything is configured.
-	boot := func() (down func()) {
+	// settled returns when everything is configured and the address is
+	// somewhere.
+	settled := func() {
 		t.Helper()
-		for _, d := range must(devices()) {
-			if err := d.drop(d.Name); err != nil {
-				t.Fatal(err)
-			}
-		}
-		cmd := exec.Command(networkd)
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
 		for limit := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 			pending := ""
 			if whereHome(t) == "" {
@@ -516,17 +507,50 @@ func TestNextBoot(t *testing.T) {
 				}
 			}
 			if pending == "" {
-				break
+				return
 			}
 			if time.Now().After(limit) {
 				t.Fatalf("systemd-networkd has not configured everything: %s", pending)
 			}
+		}
+	}
+	start := func(name string, args ...string) (end func()) {
+		t.Helper()
+		cmd := exec.Command(name, args...)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
 		}
 		return func() {
 			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
 			_ = cmd.Wait()
+		}
+	}
+	// boot starts systemd-networkd on interfaces without addresses.
+	boot := func() (down func()) {
+		t.Helper()
+		for _, d := range must(devices()) {
+			if err := d.drop(d.Name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		defer settled()
+		return start(networkd)
+	}
+	// A bus, over which it is told to read its files again.
+	if err := os.Mkdir("/run/dbus", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer start("dbus-daemon", "--system", "--nofork", "--nopidfile")()
+	for limit := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		c, err := net.Dial("unix", "/run/dbus/system_bus_socket")
+		if err == nil {
+			c.Close()
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatal(err)
 		}
 	}
 	down := boot()
@@ -538,14 +562,29 @@ func TestNextBoot(t *testing.T) {
 	if err := h.applyNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	for _, name := range []string{"br0", "eth0", "eth3"} {
+		if by := h.networkFile(must(devices())[name]); filepath.Base(by) != "05-platter-"+name+".network" {
+			t.Errorf("systemd-networkd still configures %s by %q", name, by)
+		}
+	}
+	settled()
 	reached(t, "br0")
 	down()
 	down = boot()
-	defer down()
+	defer func() { down() }()
 	reached(t, "br0")
 	if r, err := Check(t.Context(), []Step{h.bridges()}, &heard{}); err != nil || r[0].Outcome != OK {
 		t.Errorf("%+v, %v", r, err)
 	}
+	// Taken back, the address is where it was, at the next boot too.
+	if err := errors.Join(h.UndoBridges(t.Context(), func(string) {}), must(OpenJournal(root)).Undo(func(string) {})); err != nil {
+		t.Fatal(err)
+	}
+	settled()
+	reached(t, "eth0")
+	down()
+	down = boot()
+	reached(t, "eth0")
 }
 
 func must[T any](v T, err error) T {

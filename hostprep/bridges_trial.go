@@ -137,7 +137,7 @@ func (h *Host) try(ctx context.Context, s *ovs.Switch, v bridgeView, b provision
 		}
 		// Only now what the next boot reads, and another question, because
 		// systemd-networkd acts on it.
-		if err := h.layFiles(ctx, j, files); err != nil {
+		if err := errors.Join(h.layFiles(ctx, j, files), h.adopted(ctx, files)); err != nil {
 			return err
 		}
 		if err := answers(ctx, h.Reach); err != nil {
