@@ -23,6 +23,7 @@ type device struct {
 	MTU    int    `json:"mtu"`
 	Addrs  []addr `json:"addrs,omitempty"`  // but link-local ones
 	Routes []way  `json:"routes,omitempty"` // but those that the kernel makes of an address
+	File   string `json:"file,omitempty"`   // by which systemd-networkd configures it
 
 	index, maxMTU int
 	carrier       bool

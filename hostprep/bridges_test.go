@@ -534,6 +534,10 @@ func TestNextBoot(t *testing.T) {
 			if err := d.drop(d.Name); err != nil {
 				t.Fatal(err)
 			}
+			// A reboot empties /run.
+			if err := os.RemoveAll(filepath.Join(linksDir, fmt.Sprint(d.index))); err != nil {
+				t.Fatal(err)
+			}
 		}
 		defer settled()
 		return start(networkd)

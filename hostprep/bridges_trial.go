@@ -99,6 +99,7 @@ func (h *Host) try(ctx context.Context, s *ovs.Switch, v bridgeView, b provision
 		if err != nil {
 			return err
 		}
+		d.File = h.networkFile(d)
 		t.Devices = append(t.Devices, d)
 	}
 	files := v.files(b)
@@ -137,8 +138,20 @@ func (h *Host) try(ctx context.Context, s *ovs.Switch, v bridgeView, b provision
 		}
 		// Only now what the next boot reads, and another question, because
 		// systemd-networkd acts on it.
-		if err := errors.Join(h.layFiles(ctx, j, files), h.adopted(ctx, files)); err != nil {
+		if err := h.layFiles(ctx, j, files); err != nil {
 			return err
+		}
+		by := map[string]string{}
+		for _, f := range files {
+			by[strings.TrimSuffix(strings.TrimPrefix(f.Path, networkDir+"/05-platter-"), ".network")] = f.Path
+		}
+		if err := h.adopted(ctx, by); err != nil {
+			return err
+		}
+		if b.Management && t.Managed != b.Name {
+			if err := t.managed().carry(b.Name); err != nil {
+				return err
+			}
 		}
 		if err := answers(ctx, h.Reach); err != nil {
 			return err
@@ -366,7 +379,13 @@ func (h *Host) takeBack(ctx context.Context, t trial, reason string) error {
 // restore brings rows, interfaces and files back, as much as can be.
 func (h *Host) restore(ctx context.Context, t trial) error {
 	var failed []error
+	reload := false
 	for path, text := range t.Files {
+		now, err := os.ReadFile(h.at(path))
+		if text == nil && errors.Is(err, fs.ErrNotExist) || text != nil && err == nil && string(now) == *text {
+			continue
+		}
+		reload = true
 		if text == nil {
 			if err := os.Remove(h.at(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				failed = append(failed, err)
@@ -384,10 +403,22 @@ func (h *Host) restore(ctx context.Context, t trial) error {
 	for _, d := range t.Devices {
 		failed = append(failed, d.level())
 	}
-	for _, d := range t.Devices {
-		failed = append(failed, d.carry(d.Name))
+	carry := func() {
+		for _, d := range t.Devices {
+			failed = append(failed, d.carry(d.Name))
+		}
 	}
-	failed = append(failed, h.reloadNetwork(ctx))
+	carry()
+	if reload {
+		by := map[string]string{}
+		for _, d := range t.Devices {
+			if d.File != "" {
+				by[d.Name] = d.File
+			}
+		}
+		failed = append(failed, h.reloadNetwork(ctx), h.adopted(ctx, by))
+		carry()
+	}
 	return errors.Join(failed...)
 }
 
