@@ -87,7 +87,8 @@ type lab struct {
 	dir    string
 	rack   *provision.Rack
 	images *fakeImages
-	probe  func(context.Context, probe.Options) (time.Duration, error)
+	probe  func(context.Context, probe.Options) (time.Duration, error) // of kind Message
+	others func(probe.Kind, probe.Options) (time.Duration, error)      // of other kinds; nil: all work
 	clock  func() time.Time
 
 	host *Host
@@ -133,8 +134,16 @@ func (l *lab) start() {
 	l.check(err)
 	l.check(st.SetRack(context.Background(), l.rack))
 	l.host = New(Config{Rack: l.rack, Store: st, Site: s, Images: l.images, Clock: l.clock,
-		Probe: func(ctx context.Context, o probe.Options) (time.Duration, error) { return l.probe(ctx, o) },
-		Log:   slog.New(slog.NewTextHandler(io.Discard, nil))})
+		Probe: func(ctx context.Context, kind probe.Kind, o probe.Options) (time.Duration, error) {
+			switch {
+			case kind == probe.Message:
+				return l.probe(ctx, o)
+			case l.others != nil:
+				return l.others(kind, o)
+			}
+			return 5 * time.Millisecond, nil
+		},
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	cfg, err := s.ServerTLS([]netip.Addr{netip.MustParseAddr("127.0.0.1")})
 	l.check(err)
 	nodes, err := net.Listen("tcp", l.addr)

@@ -43,9 +43,9 @@ type Config struct {
 	Store  *store.Store
 	Site   *site.Site
 	Images Images
-	// Probe sends a message between two users of the IM service; it is
-	// probe.Message but in tests.
-	Probe func(context.Context, probe.Options) (time.Duration, error)
+	// Probe tries one thing that users of the IM service need; it is probe.Run
+	// but in tests.
+	Probe func(context.Context, probe.Kind, probe.Options) (time.Duration, error)
 	Log   *slog.Logger
 	Clock func() time.Time
 }
@@ -55,6 +55,8 @@ type Config struct {
 type Host struct {
 	Config
 	mu sync.Mutex
+	// probing is held while an operator's probes run.
+	probing sync.Mutex
 	// boots has what each machine got last, budget what each unknown machine
 	// may still journal. Both have at most one entry for each listed node or
 	// machine.

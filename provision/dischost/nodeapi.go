@@ -141,7 +141,11 @@ func (h *Host) plan(_ http.ResponseWriter, r *http.Request, peer site.Peer, _ pr
 }
 
 func (h *Host) secrets(_ http.ResponseWriter, _ *http.Request, peer site.Peer, _ provision.State) (any, error) {
-	return h.Site.StackSecrets(peer.Node, h.Rack.Stack.Domain)
+	n, ok := h.Rack.NodeByName(peer.Node)
+	if !ok {
+		return nil, fmt.Errorf("%s has left the rack file", peer.Node)
+	}
+	return h.Site.StackSecrets(n.Name, h.Rack.Stack.Domain, n.Address)
 }
 
 func (h *Host) join(_ http.ResponseWriter, _ *http.Request, peer site.Peer, _ provision.State) (any, error) {

@@ -15,8 +15,7 @@ import (
 )
 
 const (
-	xmppPort     = 5222 // RFC 6120, 14.7
-	probeLimit   = 30 * time.Second
+	xmppPort     = 5222             // RFC 6120, 14.7
 	probeRecheck = 15 * time.Second // a wake-up, should an event be missed
 	maxProbes    = 4                // pairs at once
 )
@@ -211,22 +210,27 @@ func (h *Host) probePair(ctx context.Context, p pair) error {
 // message passes one message from the first probe account on one node to the
 // second on the other.
 func (h *Host) message(ctx context.Context, from, to provision.State) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
-	defer cancel()
+	took, err := h.probe(ctx, probe.Message, from, to)
+	if err != nil {
+		return "", err
+	}
+	users := h.Site.Probes()
+	return fmt.Sprintf("message from %s on %s reached %s on %s in %d ms", users[0].User, from.Name, users[1].User, to.Name, max(1, took.Milliseconds())), nil
+}
+
+// probe carries out one probe from the first probe account on one node to the
+// second on the other.
+func (h *Host) probe(ctx context.Context, kind probe.Kind, from, to provision.State) (time.Duration, error) {
 	users := h.Site.Probes()
 	a, err := endpoint(from, users[0])
 	if err != nil {
-		return "", err
+		return 0, err
 	}
 	b, err := endpoint(to, users[1])
 	if err != nil {
-		return "", err
+		return 0, err
 	}
-	took, err := h.Probe(ctx, probe.Options{Domain: h.Rack.Stack.Domain, CA: h.Site.CA(), From: a, To: b})
-	if err != nil {
-		return "", err
-	}
-	return fmt.Sprintf("message from %s on %s reached %s on %s in %d ms", users[0].User, from.Name, users[1].User, to.Name, max(1, took.Milliseconds())), nil
+	return h.Probe(ctx, kind, probe.Options{Domain: h.Rack.Stack.Domain, CA: h.Site.CA(), From: a, To: b})
 }
 
 func endpoint(st provision.State, user provision.Account) (probe.Endpoint, error) {

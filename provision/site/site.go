@@ -281,8 +281,10 @@ func NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
 }
 
 // StackSecrets returns what node needs in the cluster that serves domain: the
-// cookie, the probe accounts, and a key and certificate made for it now.
-func (s *Site) StackSecrets(node, domain string) (provision.StackSecrets, error) {
+// cookie, the probe accounts, and a key and certificate made for it now. addr
+// is the node's address: in a rack without a name server, files that users
+// share are fetched from it.
+func (s *Site) StackSecrets(node, domain string, addr netip.Addr) (provision.StackSecrets, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
@@ -291,6 +293,7 @@ func (s *Site) StackSecrets(node, domain string) (provision.StackSecrets, error)
 	// The service's own name, those of its usual components (RFC 6120, 13.7.1:
 	// each is a domain of its own), and the node's.
 	t.DNSNames = []string{domain, "conference." + domain, "pubsub." + domain, "upload." + domain, "proxy." + domain, node}
+	t.IPAddresses = []net.IP{addr.AsSlice()}
 	der, err := s.sign(t, key.Public())
 	if err != nil {
 		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)

@@ -163,7 +163,7 @@ func TestNodeFromTLS(t *testing.T) {
 		}
 		return &pair
 	}
-	xmpp, err := s.StackSecrets("node1", "im.example.org")
+	xmpp, err := s.StackSecrets("node1", "im.example.org", netip.MustParseAddr("10.77.0.11"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func TestStackSecrets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sec, err := s.StackSecrets("node2", "im.example.org")
+	sec, err := s.StackSecrets("node2", "im.example.org", netip.MustParseAddr("10.77.0.11"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +290,7 @@ func TestStackSecrets(t *testing.T) {
 	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "node1"}); err == nil {
 		t.Error("the certificate is good for another node's name")
 	}
-	again, _ := s.StackSecrets("node1", "im.example.org")
+	again, _ := s.StackSecrets("node1", "im.example.org", netip.MustParseAddr("10.77.0.11"))
 	if again.Cookie != sec.Cookie || again.Probes[1] != sec.Probes[1] {
 		t.Error("the nodes of one site do not share cookie and probe accounts")
 	}

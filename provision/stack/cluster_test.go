@@ -19,6 +19,8 @@ import (
 	"platter/provision/stack/probe"
 )
 
+type asker = func(context.Context) (provision.Join, error)
+
 func form(context.Context) (provision.Join, error) {
 	return provision.Join{Role: provision.RoleForm}, nil
 }
@@ -170,7 +172,7 @@ func (l *lab) whole(ctx context.Context) {
 	for _, way := range [][2]int{{0, 1}, {1, 0}} {
 		o := probe.Options{Domain: testDomain, CA: l.sec.CA,
 			From: l.endpoint(way[0], 0), To: l.endpoint(way[1], 1)}
-		took, err := l.probe(ctx, o)
+		took, err := l.probe(ctx, probe.Message, o)
 		if err != nil {
 			l.t.Fatal(err)
 		}
@@ -191,7 +193,7 @@ func (l *lab) refuses(ctx context.Context) {
 		o := good
 		change(&o)
 		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		if _, err := l.probe(ctx, o); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := l.probe(ctx, probe.Message, o); err == nil || !strings.Contains(err.Error(), want) {
 			l.t.Errorf("want an error with %q, got %v", want, err)
 		}
 		cancel()
@@ -210,10 +212,18 @@ func (l *lab) endpoint(node, account int) probe.Endpoint {
 	return probe.Endpoint{Node: n.name, Addr: netip.AddrPortFrom(n.addr, ClientPort), Account: l.sec.Probes[account]}
 }
 
-// probe runs probe.Message where the disc host would be: this program again,
-// in the namespace of the bridge.
-func (l *lab) probe(ctx context.Context, o probe.Options) (time.Duration, error) {
-	in, err := json.Marshal(o)
+// probing is a probe that this program carries out when it is run again.
+type probing struct {
+	Kind    probe.Kind
+	Options probe.Options
+	Took    time.Duration
+	Failure *provision.Failure
+}
+
+// probe runs a probe where the disc host would be: this program again, in the
+// namespace of the bridge.
+func (l *lab) probe(ctx context.Context, kind probe.Kind, o probe.Options) (time.Duration, error) {
+	in, err := json.Marshal(probing{Kind: kind, Options: o})
 	if err != nil {
 		return 0, err
 	}
@@ -221,31 +231,27 @@ func (l *lab) probe(ctx context.Context, o probe.Options) (time.Duration, error)
 	cmd.Env = append(os.Environ(), "PLATTER_TEST_PROBE=1")
 	cmd.Stdin = bytes.NewReader(in)
 	out, err := cmd.Output()
-	if err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			return 0, errors.New(string(exit.Stderr))
-		}
+	var p probing
+	if err = errors.Join(err, json.Unmarshal(out, &p)); err != nil {
 		return 0, err
 	}
-	return time.ParseDuration(string(out))
+	if p.Failure != nil {
+		return 0, p.Failure
+	}
+	return p.Took, nil
 }
 
 func TestMain(m *testing.M) {
 	if os.Getenv("PLATTER_TEST_PROBE") == "" {
 		os.Exit(m.Run())
 	}
-	var o probe.Options
-	err := json.NewDecoder(os.Stdin).Decode(&o)
-	if err == nil {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		defer cancel()
-		var took time.Duration
-		if took, err = probe.Message(ctx, o); err == nil {
-			os.Stdout.WriteString(took.String())
-			return
-		}
+	var p probing
+	if err := json.NewDecoder(os.Stdin).Decode(&p); err != nil {
+		panic(err)
 	}
-	os.Stderr.WriteString(err.Error())
-	os.Exit(1)
+	var err error
+	if p.Took, err = probe.Run(context.Background(), p.Kind, p.Options); err != nil && !errors.As(err, &p.Failure) {
+		panic(err)
+	}
+	json.NewEncoder(os.Stdout).Encode(p)
 }

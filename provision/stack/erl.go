@@ -143,10 +143,13 @@ const waitJoinExpr = `
 		Pid -> M = monitor(process, Pid), receive {'DOWN', M, _, _, _} -> "idle" end
 	end.`
 
-// accountExpr makes sure the account exists with that password.
+// accountExpr makes sure the account of a probe exists with that password, and
+// empties it of what probes cannot take away themselves, or were killed before
+// they did: archived and waiting messages, files on this node.
 func accountExpr(user, domain, password string) string {
 	return fmt.Sprintf(`
 	U = %s, D = %s, P = %s,
+	[catch M:remove_user(U, D) || M <- [mod_mam, mod_offline, mod_http_upload]],
 	case ejabberd_auth:check_password(U, <<>>, D, P) of
 		true -> "present";
 		false ->

@@ -27,7 +27,7 @@ import (
 const (
 	ClientPort = 5222 // XMPP, STARTTLS required
 	TLSPort    = 5223 // XMPP, TLS from the first byte
-	WebPort    = 5443 // XMPP over WebSocket, TLS
+	WebPort    = 5443 // XMPP over WebSocket and users' files, TLS
 	DistPort   = 5210 // Erlang distribution between members
 )
 
@@ -100,8 +100,14 @@ func Secrets(root string) (provision.StackSecrets, error) {
 func files(plan provision.Plan, sec provision.StackSecrets, uid, gid int) ([]file, error) {
 	var yml bytes.Buffer
 	t := template.Must(template.New("ejabberd.yml").Funcs(template.FuncMap{"quote": quote}).Parse(ejabberdYML))
+	addr := plan.Net.Address.Addr()
+	var probes []string
+	for _, a := range sec.Probes {
+		probes = append(probes, a.User)
+	}
 	err := t.Execute(&yml, map[string]any{
-		"Domain": plan.Stack.Domain, "ClientPort": ClientPort, "TLSPort": TLSPort, "WebPort": WebPort,
+		"Domain": plan.Stack.Domain, "Address": addr, "Probes": probes,
+		"ClientPort": ClientPort, "TLSPort": TLSPort, "WebPort": WebPort,
 	})
 	if err != nil {
 		return nil, err
@@ -110,7 +116,6 @@ func files(plan provision.Plan, sec provision.StackSecrets, uid, gid int) ([]fil
 	if err != nil {
 		return nil, err
 	}
-	addr := plan.Net.Address.Addr()
 	return []file{
 		{"etc/ejabberd/ejabberd.yml", 0o640, 0, gid, yml.String()},
 		{"etc/ejabberd/platter.pem", 0o640, 0, gid, lines(sec.Cert) + lines(sec.Key)},
@@ -217,6 +222,9 @@ func check(plan provision.Plan, sec provision.StackSecrets) error {
 		if err != nil {
 			bad("the certificate does not serve %s: %w", plan.Stack.Domain, err)
 		}
+	}
+	if len(sec.Probes) == 0 {
+		bad("there are no probe accounts")
 	}
 	for _, a := range sec.Probes {
 		if !validName.MatchString(a.User) || a.Password == "" {

@@ -120,7 +120,13 @@ func TestConfiguration(t *testing.T) {
 			Backlog          int
 			Handlers         map[string]string `yaml:"request_handlers"`
 		}
-		S2S string `yaml:"s2s_access"`
+		S2S     string `yaml:"s2s_access"`
+		ACL     map[string]struct{ User []string }
+		Modules struct {
+			Upload struct {
+				URL string `yaml:"put_url"`
+			} `yaml:"mod_http_upload"`
+		}
 	}
 	if err := yaml.Unmarshal([]byte(text["etc/ejabberd/ejabberd.yml"]), &conf); err != nil {
 		t.Fatal(err)
@@ -136,10 +142,13 @@ func TestConfiguration(t *testing.T) {
 			t.Errorf("port %d has a backlog of %d", l.Port, l.Backlog)
 		}
 		for path, module := range l.Handlers {
-			if module != "ejabberd_http_ws" {
+			if module != "ejabberd_http_ws" && module != "mod_http_upload" {
 				t.Errorf("port %d serves %s by %s", l.Port, path, module)
 			}
 		}
+	}
+	if url := conf.Modules.Upload.URL; url != "https://10.1.2.3:5443/upload" || len(conf.ACL["probe"].User) != 2 {
+		t.Errorf("files have the address %s; probes are %v", url, conf.ACL["probe"])
 	}
 	if want := "inet_dist_use_interface {10,1,2,3}"; !strings.Contains(text["etc/ejabberd/vm.args"], want) {
 		t.Errorf("no %s in %s", want, text["etc/ejabberd/vm.args"])

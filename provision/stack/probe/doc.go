@@ -1,5 +1,13 @@
-// Package probe proves that the IM service works the way its users need it: a
-// user on one node sends a message and a user on another node gets it, over
-// XMPP with TLS (RFC 6120, RFC 6121). It runs on the disc host and uses nothing
-// of a node but the port that every chat client uses.
+// Package probe proves that the IM service works the way its users need it:
+// they log in on any node, messages reach users on other nodes, wait for those
+// who are away and are found again in the archive, rooms span nodes, and files
+// are passed on. It runs on the disc host, over XMPP with TLS (RFC 6120, RFC
+// 6121), and uses nothing of a node but the ports that every chat client uses.
+//
+// Probes do not disturb anybody: they use two accounts of their own and log in
+// with a negative priority (RFC 6121, 4.7.2.3), so that several may run at
+// once; only of Offline one at a time makes sense. A probe takes away what it
+// made. What the service gives users no way to take away is small, and the
+// nodes empty the two accounts when they start: one archived message, and on
+// each node one file of 600 KiB, which the next probe's replaces.
 package probe

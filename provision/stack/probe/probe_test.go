@@ -65,7 +65,7 @@ func server(t *testing.T, reply string) (netip.AddrPort, <-chan string) {
 func try(t *testing.T, ctx context.Context, addr netip.AddrPort) error {
 	t.Helper()
 	e := Endpoint{Node: "node7", Addr: addr, Account: provision.Account{User: "probe-a", Password: "do-not-tell"}}
-	_, err := Message(ctx, Options{Domain: "im.test", CA: someCA(t), From: e, To: e})
+	_, err := Run(ctx, Message, Options{Domain: "im.test", CA: someCA(t), From: e, To: e})
 	if err == nil {
 		t.Fatal("no error")
 	}
@@ -113,7 +113,7 @@ func TestSilent(t *testing.T) {
 }
 
 func TestBadCA(t *testing.T) {
-	if _, err := Message(context.Background(), Options{Domain: "im.test", CA: "nonsense"}); err == nil || !strings.Contains(err.Error(), "CA") {
+	if _, err := Run(context.Background(), Message, Options{Domain: "im.test", CA: "nonsense"}); err == nil || !strings.Contains(err.Error(), "CA") {
 		t.Errorf("%v", err)
 	}
 }
