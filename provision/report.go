@@ -42,6 +42,13 @@ type Report struct {
 	Facts map[string]string `json:"facts,omitempty"`
 }
 
+// Facts of a member of the IM cluster: the names of its members, sorted and
+// separated by commas.
+const (
+	FactRunning = "cluster_running"
+	FactDown    = "cluster_down" // members that the node does not see running
+)
+
 // IsProgress tells whether the report carries nothing worth keeping: a count
 // of bytes, which repeats its phase, or only a sign of life.
 func (r Report) IsProgress() bool {

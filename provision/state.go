@@ -53,6 +53,8 @@ type State struct {
 	// Failure is set while Stage is failed.
 	Failure *Failure          `json:"failure,omitempty"`
 	Facts   map[string]string `json:"facts,omitempty"`
+	// DownSince is since when the node misses members of the cluster, by name.
+	DownSince map[string]time.Time `json:"down_since,omitempty"`
 	// BootedAt is the first boot request of the current grant; the clocks
 	// below count from it. Firmware time before it is not seen by us.
 	BootedAt    time.Time `json:"booted_at,omitzero"`
@@ -155,6 +157,16 @@ func (s State) applyReport(e Event) State {
 			facts[k] = v
 		}
 		s.Facts = facts
+	}
+	if down, ok := r.Facts[FactDown]; ok {
+		since := map[string]time.Time{}
+		for _, name := range names(down) {
+			since[name] = e.Time
+			if t, ok := s.DownSince[name]; ok {
+				since[name] = t
+			}
+		}
+		s.DownSince = since
 	}
 	if r.Failure != nil {
 		s.Stage, s.Failure, s.LastLog = StageFailed, r.Failure, r.Failure.Error()

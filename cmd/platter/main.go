@@ -20,7 +20,8 @@ func main() {
 }
 
 // run carries out one command line and returns its exit code: 0 done, 1 the
-// command failed and said why on stderr. The command host has codes of its own.
+// command failed and said why on stderr. The commands host and stack
+// status have codes of their own.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
 		Use:   "platter",
@@ -32,7 +33,7 @@ installs them, and calls a node ready when a chat message has passed.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(serveCmd(), rackCmd(), nodeCmd(), watchCmd(), imageCmd(), hostCmd(), labCmd())
+	root.AddCommand(serveCmd(), rackCmd(), nodeCmd(), stackCmd(), watchCmd(), imageCmd(), hostCmd(), labCmd())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)

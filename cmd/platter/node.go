@@ -57,13 +57,7 @@ func nodeCmd() *cobra.Command {
 		},
 	}
 	for _, sub := range []*cobra.Command{ls, show} {
-		sub.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-		sub.PreRunE = func(*cobra.Command, []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("--output %s: must be table or json", output)
-			}
-			return nil
-		}
+		tableOrJSON(sub, &output)
 	}
 	c.AddCommand(ls, show,
 		&cobra.Command{
@@ -93,6 +87,17 @@ func nodeCmd() *cobra.Command {
 			}),
 	)
 	return c
+}
+
+// tableOrJSON gives c the flag that chooses between people and programs.
+func tableOrJSON(c *cobra.Command, output *string) {
+	c.Flags().StringVarP(output, "output", "o", "table", "table or json")
+	c.PreRunE = func(*cobra.Command, []string) error {
+		if *output != "table" && *output != "json" {
+			return fmt.Errorf("--output %s: must be table or json", *output)
+		}
+		return nil
+	}
 }
 
 // changeCmd is a command that changes one thing and says what it did.

@@ -11,10 +11,6 @@ import (
 	"platter/provision"
 )
 
-// silentAfter is how long a node may say nothing before people should know:
-// agents speak every 15 seconds.
-const silentAfter = time.Minute
-
 // printJSON writes v for programs.
 func printJSON(w io.Writer, v any) error {
 	enc := json.NewEncoder(w)
@@ -58,7 +54,7 @@ func stage(s provision.State, now time.Time) string {
 	if s.GrantOpen && (s.Stage == provision.StageReady || s.Stage == provision.StageFailed) {
 		text += ", install due"
 	}
-	if s.Stage != provision.StageOff && s.Stage != provision.StageUnknown && !s.LastSeen.IsZero() && now.Sub(s.LastSeen) > silentAfter {
+	if s.Stage != provision.StageOff && s.Stage != provision.StageUnknown && !s.LastSeen.IsZero() && now.Sub(s.LastSeen) > provision.SilentAfter {
 		text += fmt.Sprintf(", silent %s", now.Sub(s.LastSeen).Round(time.Second))
 	}
 	return text

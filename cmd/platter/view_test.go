@@ -83,7 +83,7 @@ func TestWatchUntilReady(t *testing.T) {
 // What does not reach a disc host says so in one sentence and exits with 1.
 func TestCommandsWithoutADiscHost(t *testing.T) {
 	for _, args := range [][]string{
-		{"node", "ls"}, {"node", "show", "node1"}, {"node", "reinstall", "node1"}, {"watch"},
+		{"node", "ls"}, {"node", "show", "node1"}, {"node", "reinstall", "node1"}, {"watch"}, {"stack", "status"}, {"stack", "probe"},
 	} {
 		var out, errs bytes.Buffer
 		code := run(context.Background(), append(args, "--socket", t.TempDir()+"/none"), strings.NewReader(""), &out, &errs)

@@ -179,7 +179,7 @@ func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
 				if said != "" {
 					rep.Logf("cluster: %s", now)
 				}
-				rep.Facts(map[string]string{"cluster_running": strings.Join(cl.Running, ","), "cluster_down": strings.Join(cl.Down, ",")})
+				rep.Facts(map[string]string{provision.FactRunning: strings.Join(cl.Running, ","), provision.FactDown: strings.Join(cl.Down, ",")})
 				said = now
 			}
 		}

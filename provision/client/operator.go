@@ -69,6 +69,40 @@ func (o *Operator) Approve(ctx context.Context, name string, mac provision.MAC) 
 	return o.change(ctx, name, "/approve", ApproveRequest{MAC: mac})
 }
 
+// ProbeStack has the disc host probe the IM service on nodes, or on every node
+// of the rack where none is named, and yields each result as it comes.
+func (o *Operator) ProbeStack(ctx context.Context, nodes ...string) iter.Seq2[provision.ProbeResult, error] {
+	return func(yield func(provision.ProbeResult, error) bool) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://platter/v1/stack/probe?"+url.Values{"node": nodes}.Encode(), nil)
+		if err != nil {
+			yield(provision.ProbeResult{}, err)
+			return
+		}
+		resp, err := o.http.Do(req)
+		if err != nil {
+			yield(provision.ProbeResult{}, o.explain(err))
+			return
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			yield(provision.ProbeResult{}, readError(resp))
+			return
+		}
+		for in := json.NewDecoder(resp.Body); ; {
+			var r provision.ProbeResult
+			switch err := in.Decode(&r); {
+			case err == io.EOF:
+				return
+			case err != nil:
+				yield(provision.ProbeResult{}, fmt.Errorf("the disc host broke off before all probes were done: %w", err))
+				return
+			case !yield(r, nil):
+				return
+			}
+		}
+	}
+}
+
 func (o *Operator) change(ctx context.Context, name, what string, in any) (provision.State, error) {
 	var out provision.State
 	err := o.call(ctx, http.MethodPost, nodePath(name, what), in, &out)

@@ -77,6 +77,7 @@ const (
 	CodeUnknownNode  = "unknown-node"  // no node has that name
 	CodeGrantOpen    = "grant-open"    // an install is already due
 	CodeGrantClosed  = "grant-closed"  // there is no install to withdraw
+	CodeProbing      = "probing"       // another operator's probes run
 	CodeConflict     = "conflict"      // the MAC or the node is taken
 	CodeInternal     = "internal"      // the disc host failed; its log says why
 	CodeWrongServer  = "wrong-server"  // what answers is not this site's disc host

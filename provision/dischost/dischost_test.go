@@ -87,8 +87,8 @@ type lab struct {
 	dir    string
 	rack   *provision.Rack
 	images *fakeImages
-	probe  func(context.Context, probe.Options) (time.Duration, error) // of kind Message
-	others func(probe.Kind, probe.Options) (time.Duration, error)      // of other kinds; nil: all work
+	probe  func(context.Context, probe.Options) (time.Duration, error)             // of kind Message
+	others func(context.Context, probe.Kind, probe.Options) (time.Duration, error) // of other kinds; nil: all work
 	clock  func() time.Time
 
 	host *Host
@@ -139,7 +139,7 @@ func (l *lab) start() {
 			case kind == probe.Message:
 				return l.probe(ctx, o)
 			case l.others != nil:
-				return l.others(kind, o)
+				return l.others(ctx, kind, o)
 			}
 			return 5 * time.Millisecond, nil
 		},

@@ -23,6 +23,7 @@ func (h *Host) OperatorAPI() http.Handler {
 	mux.Handle("POST /v1/nodes/{name}/reinstall", answer(h.reinstall))
 	mux.Handle("POST /v1/nodes/{name}/withdraw", answer(h.withdraw))
 	mux.Handle("POST /v1/nodes/{name}/approve", answer(h.approve))
+	mux.Handle("POST /v1/stack/probe", answer(h.probeStack))
 	mux.Handle("/", answer(notFound))
 	return h.logged(mux)
 }

@@ -172,7 +172,7 @@ func (m *member) bring(ctx context.Context, sec provision.StackSecrets, ask func
 			Message: fmt.Sprintf("ejabberd on node %s stopped again right after it became a member", m.plan.Node),
 			Next:    "Look at 'journalctl -u ejabberd' on the node"}
 	}
-	rep.Facts(map[string]string{"cluster_join_ms": ms(began), "cluster_running": strings.Join(c.Running, ","), "cluster_down": strings.Join(c.Down, ",")})
+	rep.Facts(map[string]string{"cluster_join_ms": ms(began), provision.FactRunning: strings.Join(c.Running, ","), provision.FactDown: strings.Join(c.Down, ",")})
 	rep.Logf("member of the cluster; running: %s%s", strings.Join(c.Running, ", "), suffix("; not running: ", c.Down))
 	return nil
 }

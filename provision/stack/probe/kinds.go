@@ -125,6 +125,11 @@ func (r run) offline(ctx context.Context) (time.Duration, error) {
 	if err := ping.Send(ctx, from.session, from.address().Domain()); err != nil {
 		return 0, from.failed("waiting until the message is stored", err)
 	}
+	for _, in := range from.drain() {
+		if in.Type == "error" {
+			return 0, fmt.Errorf("node %s does not keep a message for %s, who is away: %w", r.From.Node, r.To.Account.User, in.Error)
+		}
+	}
 
 	began := time.Now()
 	to, err := r.dial(ctx, r.To, present)
