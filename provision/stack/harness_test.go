@@ -34,13 +34,15 @@ type lab struct {
 	dir   string
 	base  string // the mounted root, shared and never written
 	bed   string // namespace of the bridge: where users and the disc host are
+	site  testSite
 	sec   provision.StackSecrets
 	nodes []*testNode
 }
 
 func newLab(t *testing.T, names ...string) *lab {
 	t.Helper()
-	l := &lab{t: t, dir: t.TempDir(), base: mountedRoot(t), bed: unique("pt-"), sec: testSecrets(t)}
+	l := &lab{t: t, dir: t.TempDir(), base: mountedRoot(t), bed: unique("pt-"), site: newTestSite(t)}
+	l.sec = l.site.secrets()
 	l.run("ip", "netns", "add", l.bed)
 	t.Cleanup(func() { l.run("ip", "netns", "del", l.bed) })
 	l.run("ip", "-n", l.bed, "link", "add", "br0", "type", "bridge")
