@@ -57,9 +57,8 @@ type host struct {
 
 const platterHost = "/usr/lib/platter/platter-node host "
 
-// setUp defines the guests, to be started at boot, and a DHCP server in every
-// VLAN.
-func (h host) setUp() {
+// define defines the guests, to be started at boot.
+func (h host) define() {
 	h.t.Helper()
 	var s strings.Builder
 	s.WriteString("set -eu\n")
@@ -68,6 +67,18 @@ func (h host) setUp() {
 	}
 	for _, g := range h.guests {
 		fmt.Fprintf(&s, "virsh -q autostart %s\n", g.name)
+	}
+	h.script(s.String())
+}
+
+// leases puts a DHCP server into every VLAN of the bridges, for this boot and
+// later ones.
+func (h host) leases() {
+	h.t.Helper()
+	var s strings.Builder
+	s.WriteString("set -eu\n")
+	for _, b := range []string{"br-a", "br-b", "br-c"} {
+		fmt.Fprintf(&s, "ovs-vsctl --may-exist add-br %s\n", b)
 	}
 	args, pre := "", ""
 	for _, g := range h.guests {
@@ -88,7 +99,7 @@ TimeoutStartSec=infinity
 [Install]
 WantedBy=multi-user.target
 EOF
-systemctl -q daemon-reload; systemctl -q enable --now test-leases
+systemctl -q daemon-reload; systemctl -q enable test-leases; systemctl -q restart test-leases
 `, pre, args)
 	h.script(s.String())
 }
@@ -253,6 +264,7 @@ func (h host) stock() {
 		h.t.Fatalf("host undo ends with %d:\n%s", code, out)
 	}
 	h.script("systemctl -q disable platter-agent; systemctl daemon-reload")
+	h.leases() // undoing took the bridges away
 }
 
 // upset leaves the ports as a day of work would: the first name went to a
@@ -276,7 +288,8 @@ for vm in ` + names + `; do virsh -q start $vm; done`)
 func TestHost(t *testing.T) {
 	h := newHost(t, allGuests[:3])
 	t.Log(h.want(0, "check"))
-	h.setUp()
+	h.define()
+	h.leases()
 	t.Log(h.want(0, "start-guests"))
 	good := func(when string) {
 		t.Helper()
@@ -353,7 +366,8 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("PLATTER_SOAK=%q is no number of boots", os.Getenv("PLATTER_SOAK"))
 	}
 	h := newHost(t, allGuests)
-	h.setUp()
+	h.define()
+	h.leases()
 	h.want(0, "start-guests")
 	run := func(kind string, n int) (faulty, faults int) {
 		for i := range n {
