@@ -242,6 +242,9 @@ func (l *lab) probe(ctx context.Context, kind probe.Kind, o probe.Options) (time
 }
 
 func TestMain(m *testing.M) {
+	if dir := os.Getenv("PLATTER_TEST_DISCHOST"); dir != "" {
+		panic(serveDiscHost(dir, os.Stdin))
+	}
 	if os.Getenv("PLATTER_TEST_PROBE") == "" {
 		os.Exit(m.Run())
 	}

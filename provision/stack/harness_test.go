@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"platter/provision"
+	"platter/provision/site"
 )
 
 // These tests run real ejabberd nodes from a root of the OS image, each in a
@@ -34,15 +35,14 @@ type lab struct {
 	dir   string
 	base  string // the mounted root, shared and never written
 	bed   string // namespace of the bridge: where users and the disc host are
-	site  testSite
-	sec   provision.StackSecrets
+	site  *site.Site
+	sec   provision.StackSecrets // of the first node; all have the same accounts and CA
 	nodes []*testNode
 }
 
 func newLab(t *testing.T, names ...string) *lab {
 	t.Helper()
-	l := &lab{t: t, dir: t.TempDir(), base: mountedRoot(t), bed: unique("pt-"), site: newTestSite(t)}
-	l.sec = l.site.secrets()
+	l := &lab{t: t, dir: t.TempDir(), base: mountedRoot(t), bed: unique("pt-"), site: openSite(t)}
 	l.run("ip", "netns", "add", l.bed)
 	t.Cleanup(func() { l.run("ip", "netns", "del", l.bed) })
 	l.run("ip", "-n", l.bed, "link", "add", "br0", "type", "bridge")
@@ -51,6 +51,7 @@ func newLab(t *testing.T, names ...string) *lab {
 	for i, name := range names {
 		l.nodes = append(l.nodes, l.newNode(name, netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 1)})))
 	}
+	l.sec = l.nodes[0].sec
 	for _, n := range l.nodes {
 		for _, h := range l.nodes {
 			n.plan.Hosts = append(n.plan.Hosts, provision.Host{Name: h.name, Address: h.addr})
@@ -74,12 +75,13 @@ type testNode struct {
 	l           *lab
 	name        string
 	addr        netip.Addr
+	sec         provision.StackSecrets
 	ns, machine string
 	proc        *service
 }
 
 func (l *lab) newNode(name string, addr netip.Addr) *testNode {
-	n := &testNode{l: l, name: name, addr: addr, ns: unique("pt-"), machine: filepath.Join(l.dir, name)}
+	n := &testNode{l: l, name: name, addr: addr, sec: secretsOf(l.t, l.site, name, addr.String()), ns: unique("pt-"), machine: filepath.Join(l.dir, name)}
 	l.run("ip", "netns", "add", n.ns)
 	l.t.Cleanup(func() { l.run("ip", "netns", "del", n.ns) })
 	port := unique("p")
@@ -126,7 +128,7 @@ func (n *testNode) install() {
 	if err := os.WriteFile(n.root+"/etc/hosts", []byte(hosts), 0o644); err != nil {
 		n.l.t.Fatal(err)
 	}
-	if err := Prepare(n.root, n.plan, n.l.sec); err != nil {
+	if err := Prepare(n.root, n.plan, n.sec); err != nil {
 		n.l.t.Fatal(err)
 	}
 	uid, gid, err := lookupUser(n.root, "ejabberd")

@@ -89,9 +89,9 @@ func TestProbes(t *testing.T) {
 		l.everywhere(ctx, fmt.Sprintf(`gen_mod:start_module(<<"%s">>, %s), "ok".`, testDomain, c.module))
 	}
 
-	certificate := func(cert, key string) {
+	certificate := func(sec provision.StackSecrets) {
 		t.Helper()
-		if err := os.WriteFile(two.root+"/etc/ejabberd/platter.pem", []byte(cert+key), 0o640); err != nil {
+		if err := os.WriteFile(two.root+"/etc/ejabberd/platter.pem", []byte(sec.Cert+sec.Key), 0o640); err != nil {
 			t.Fatal(err)
 		}
 		if err := two.proc.Restart(ctx); err != nil {
@@ -99,13 +99,13 @@ func TestProbes(t *testing.T) {
 		}
 	}
 	t.Log("node2 with a certificate that does not name its address")
-	certificate(l.site.issue("10.99.0.1"))
+	certificate(secretsOf(t, l.site, "node1", "10.99.0.1"))
 	if _, err := l.probe(ctx, probe.Login, between(1, 0)); err != nil {
 		t.Error(err)
 	}
 	fails(probe.Upload, between(1, 0), "probe-upload", "node node2: PUT of a file over HTTPS: tls: failed to verify certificate")
 	t.Log("node2 with a certificate of another site")
-	certificate(newTestSite(t).issue("10.99.0.2"))
+	certificate(secretsOf(t, openSite(t), "node2", "10.99.0.2"))
 	for _, kind := range probe.Kinds {
 		fails(kind, between(1, 0), "probe-tls", "at node node2 (10.99.0.2:5222): TLS: tls: failed to verify certificate")
 	}
@@ -153,7 +153,7 @@ func (l *lab) clean(ctx context.Context) {
 		}
 	}
 	count("rooms 0 waiting 0 archived 5 5")
-	files(1) // the next probe's replaces it
+	files(2) // the next probe's replaces the older one
 	for _, n := range l.nodes {
 		if err := n.accounts(ctx, l.sec); err != nil {
 			l.t.Error(err)

@@ -8,6 +8,6 @@
 // with a negative priority (RFC 6121, 4.7.2.3), so that several may run at
 // once; only of Offline one at a time makes sense. A probe takes away what it
 // made. What the service gives users no way to take away is small, and the
-// nodes empty the two accounts when they start: one archived message, and on
-// each node one file of 600 KiB, which the next probe's replaces.
+// nodes empty the two accounts when they start: one archived message a probe, and on
+// each node two files of 400 KiB, which the next probes' replace.
 package probe

@@ -95,7 +95,7 @@ func deliver(ctx context.Context, from, to *user, hints []hint) (time.Duration, 
 				return 0, to.ended(err)
 			case <-ctx.Done():
 				err := fmt.Errorf("of %d messages from %s at node %s to %s at node %s none arrived: %w",
-					n, from.Account.User, from.Node, to.Account.User, to.Node, ctx.Err())
+					n, from.Account.User, from.Node, to.Account.User, to.Node, context.Cause(ctx))
 				if last != nil {
 					err = fmt.Errorf("%w; the last one was returned: %w", err, last)
 				}
@@ -278,9 +278,10 @@ func (r run) archive(ctx context.Context) (time.Duration, error) {
 	return 0, fmt.Errorf("the message that %s sent at node %s is not in the archive as node %s has it", r.From.Account.User, r.From.Node, reader.Node)
 }
 
-// fileSize is more than half of what the probes' accounts may keep on a node,
-// see package stack: a file makes the one before it go.
-const fileSize = 600 << 10
+// fileSize lets two files, not three, into what the probes' accounts may keep
+// on a node, see package stack: a file makes the last but one go. Were it the
+// last one, ejabberd would at times remove the emptied folder under the new file.
+const fileSize = 400 << 10
 
 func (r run) upload(ctx context.Context) (time.Duration, error) {
 	u, err := r.dial(ctx, r.From, aside)

@@ -53,7 +53,7 @@ type Endpoint struct {
 // The error is a *provision.Failure that names the node at fault. Run has a
 // deadline of its own; ctx may end it earlier.
 func Run(ctx context.Context, kind Kind, o Options) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("given up after %s", limit))
 	defer cancel()
 	try := map[Kind]func(run, context.Context) (time.Duration, error){
 		Login: run.login, Message: run.message, Offline: run.offline, GroupChat: run.groupChat, Archive: run.archive, Upload: run.upload,

@@ -88,7 +88,7 @@ func (r run) dial(ctx context.Context, e Endpoint, priority int) (*user, error) 
 	step := "connecting"
 	fail := func(err error) error {
 		if ctx.Err() != nil {
-			err = errors.Join(ctx.Err(), err)
+			err = context.Cause(ctx) // the error is only that of a closed connection
 		}
 		f := &provision.Failure{Code: "probe-session", Next: logsOf(e.Node),
 			Message: fmt.Sprintf("user %s at node %s (%s): %s: %v", e.Account.User, e.Node, e.Addr, step, err)}
@@ -194,9 +194,9 @@ func (u *user) await(ctx context.Context, what string, want func(incoming) bool)
 			return incoming{}, u.ended(err)
 		case <-ctx.Done():
 			if last != nil {
-				return incoming{}, fmt.Errorf("%s: %w; the last error that %s got was: %w", what, ctx.Err(), u.Account.User, last)
+				return incoming{}, fmt.Errorf("%s: %w; the last error that %s got was: %w", what, context.Cause(ctx), u.Account.User, last)
 			}
-			return incoming{}, fmt.Errorf("%s: %w", what, ctx.Err())
+			return incoming{}, fmt.Errorf("%s: %w", what, context.Cause(ctx))
 		}
 	}
 }
