@@ -282,13 +282,15 @@ func TestStackSecrets(t *testing.T) {
 	if !roots.AppendCertsFromPEM([]byte(sec.CA)) {
 		t.Fatal("the CA is no certificate")
 	}
-	for _, name := range []string{"im.example.org", "conference.im.example.org", "node2"} {
+	for _, name := range []string{"im.example.org", "conference.im.example.org", "node2", "10.77.0.11"} {
 		if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "node1"}); err == nil {
-		t.Error("the certificate is good for another node's name")
+	for _, name := range []string{"node1", "10.77.0.12"} {
+		if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name}); err == nil {
+			t.Errorf("the certificate is good for another node: %s", name)
+		}
 	}
 	again, _ := s.StackSecrets("node1", "im.example.org", netip.MustParseAddr("10.77.0.11"))
 	if again.Cookie != sec.Cookie || again.Probes[1] != sec.Probes[1] {

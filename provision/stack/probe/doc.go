@@ -7,7 +7,7 @@
 // Probes do not disturb anybody: they use two accounts of their own and log in
 // with a negative priority (RFC 6121, 4.7.2.3), so that several may run at
 // once; only of Offline one at a time makes sense. A probe takes away what it
-// made. What the service gives users no way to take away is small, and the
-// nodes empty the two accounts when they start: one archived message a probe, and on
-// each node two files of 400 KiB, which the next probes' replace.
+// made, but for what the service gives users no way to take away: one archived
+// message a probe, and on each node two files of 400 KiB, which those of the
+// next probes replace. The nodes empty the two accounts when their agents start.
 package probe
