@@ -14,8 +14,11 @@ import (
 	"platter/hostprep/virt"
 )
 
-// Steps lists the preparation of the host, in order.
-func (h *Host) Steps() []Step {
+// Steps lists the whole preparation of the host, in order.
+func (h *Host) Steps() []Step { return append(h.HostSteps(), h.GuestSteps()...) }
+
+// HostSteps lists the preparation of the host itself, in order.
+func (h *Host) HostSteps() []Step {
 	return []Step{
 		kernel(),
 		h.cmdline(), h.modules(), h.sysctl(), h.sysfs(), h.disks(), h.cpu(), h.limits(), h.share(),
@@ -30,6 +33,13 @@ func (h *Host) Steps() []Step {
 		}),
 		h.bridges(),
 		h.libvirt(virt.Sockets...),
+	}
+}
+
+// GuestSteps lists what comes after HostSteps and takes as long as the starts of
+// the VMs do: nothing but the VMs needs to wait for it.
+func (h *Host) GuestSteps() []Step {
+	return []Step{
 		h.guests(),
 		h.ports(), // after the guests' unit, which repairs ports too
 	}

@@ -46,6 +46,7 @@ type Reporter interface {
 type work struct {
 	prepare func(ctx context.Context, rep Reporter) error
 	bring   func(ctx context.Context, rep Reporter) error
+	guests  func(ctx context.Context, rep Reporter) error
 	look    func(ctx context.Context) (stack.Cluster, error)
 	alarms  func() []string // of the host, each beginning with its name and a colon
 }
@@ -83,19 +84,23 @@ func Run(ctx context.Context, c Config) error {
 
 	facts := osFacts("/")
 	facts["os_up_ms"] = upAtStart
-	w := work{
-		prepare: func(ctx context.Context, rep Reporter) error {
+	host := func(steps func(*hostprep.Host) []hostprep.Step) func(context.Context, Reporter) error {
+		return func(ctx context.Context, rep Reporter) error {
 			sd, err := hostprep.DialSystemd(ctx)
 			if err != nil {
 				return err
 			}
 			defer sd.Close()
-			host := &hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)}
-			return prepare(ctx, host, host.Steps(), rep)
-		},
-		bring:  func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
-		look:   func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
-		alarms: func() []string { return hostprep.Alarms("/", plan.Host) },
+			h := &hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)}
+			return prepare(ctx, h, steps(h), rep)
+		}
+	}
+	w := work{
+		prepare: host((*hostprep.Host).HostSteps),
+		guests:  host((*hostprep.Host).GuestSteps),
+		bring:   func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
+		look:    func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
+		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
 	}
 	return c.live(ctx, w, facts, statusReporter{rep, c.Notify})
 }
@@ -133,12 +138,22 @@ func (c Config) live(ctx context.Context, w work, facts map[string]string, rep R
 			break
 		}
 		rep.Fail(failure(err))
-		if sleep(ctx, c.Retry) != nil {
+		if provision.Sleep(ctx, c.Retry) != nil {
 			return nil
 		}
 		rep.Stage(provision.StagePreparing)
 	}
 	rep.Stage(provision.StageProbing)
+	// The service waits for no VM, and what is wrong with one is said and does
+	// not make the node fail.
+	guests := make(chan struct{})
+	go func() {
+		defer close(guests)
+		if err := w.guests(ctx, rep); err != nil && ctx.Err() == nil {
+			rep.Logf("host: %v", err)
+		}
+	}()
+	defer func() { <-guests }()
 	return c.watch(ctx, w, rep)
 }
 
@@ -193,7 +208,7 @@ func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
 			rep.Fail(&provision.Failure{Code: "stack-stopped", Message: now, Next: "Look at 'journalctl -u ejabberd' on the node; systemd and the agent keep trying"})
 		}
 		rep.Progress(0, 0) // pure progress: seen, but not kept
-		if sleep(ctx, c.Watch) != nil {
+		if provision.Sleep(ctx, c.Watch) != nil {
 			return nil
 		}
 	}
@@ -345,17 +360,6 @@ func readJSON(path string, v any) error {
 func readText(path string) string {
 	b, _ := os.ReadFile(path)
 	return string(b)
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 func ms(since time.Time) string { return strconv.FormatInt(time.Since(since).Milliseconds(), 10) }

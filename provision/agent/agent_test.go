@@ -98,7 +98,7 @@ func both(context.Context) (stack.Cluster, error) {
 func TestStages(t *testing.T) {
 	fine := func(context.Context, Reporter) error { return nil }
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: both, alarms: calm}, h)
+	end := live(t, work{prepare: fine, bring: fine, look: both, alarms: calm, guests: fine}, h)
 	lines := h.wait(t, "alive", 3)
 	end()
 	if got := strings.Join(lines[:4], ", "); got != "stage preparing, stage joining, stage probing, alive" {
@@ -115,7 +115,7 @@ func TestStages(t *testing.T) {
 func TestRetry(t *testing.T) {
 	h := newHeard()
 	prepares, brings := 0, 0
-	w := work{look: both, alarms: calm,
+	w := work{look: both, alarms: calm, guests: func(context.Context, Reporter) error { return errors.New("a VM is off") },
 		prepare: func(context.Context, Reporter) error {
 			if prepares++; prepares == 1 {
 				return &provision.Failure{Code: "host-check"}
@@ -130,6 +130,7 @@ func TestRetry(t *testing.T) {
 		}}
 	end := live(t, w, h)
 	lines := h.wait(t, "stage probing", 1)
+	h.wait(t, "log host: a VM is off", 1) // said, and no failure
 	end()
 	want := "stage preparing, fail host-check, stage preparing, stage joining, fail agent, stage preparing, stage joining, stage probing"
 	if got := strings.Join(lines[:min(8, len(lines))], ", "); got != want {
@@ -146,7 +147,7 @@ func TestWatch(t *testing.T) {
 	set := func(c stack.Cluster, e error) { mu.Lock(); cl, err = c, e; mu.Unlock() }
 	look := func(context.Context) (stack.Cluster, error) { mu.Lock(); defer mu.Unlock(); return cl, err }
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: look, alarms: calm}, h)
+	end := live(t, work{prepare: fine, bring: fine, look: look, alarms: calm, guests: fine}, h)
 	defer end()
 	h.wait(t, "alive", 2)
 	set(stack.Cluster{Running: []string{"a"}, Down: []string{"b"}}, nil)
@@ -178,7 +179,7 @@ func TestAlarms(t *testing.T) {
 	fine := func(context.Context, Reporter) error { return nil }
 	looks := 0
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: both, alarms: func() []string {
+	end := live(t, work{prepare: fine, bring: fine, guests: fine, look: both, alarms: func() []string {
 		looks++
 		switch {
 		case looks < 3 || looks > 6:
