@@ -136,6 +136,12 @@ const (
 // named in the error; the others run.
 func (h *Host) StartGuests(ctx context.Context, rep Progress) error {
 	rep = &oneAtATime{rep: rep}
+	// The switch makes its bridges anew at each start, and leaves them down.
+	for _, b := range Bridges(h.Spec) {
+		if err := raise(b.Name, 0); err != nil {
+			rep.Logf("guests: bridge: %v", err)
+		}
+	}
 	p, err := plumb(ctx)
 	if err != nil {
 		return err
