@@ -142,7 +142,7 @@ func TestRack(t *testing.T) {
 	t.Run("a kernel that panics brings a node back from its own disk", func(t *testing.T) {
 		falls(t, "node1", 1, func() {
 			// Later, so that ssh gets its answer.
-			r.ssh("10.77.0.11", "systemd-run -q --on-active=1s sh -c 'echo c > /proc/sysrq-trigger'")
+			r.ssh("10.77.0.11", "systemd-run -q --on-active=1s --timer-property=AccuracySec=100ms sh -c 'echo c > /proc/sysrq-trigger'")
 		})
 	})
 	t.Run("a reinstalled node rejoins under its name", func(t *testing.T) {
