@@ -121,6 +121,11 @@ func TestRack(t *testing.T) {
 			t.Error("both nodes have the machine-id", a)
 		}
 	})
+	t.Run("the cluster is whole and every probe passes", func(t *testing.T) {
+		socket := filepath.Join(r.dir, "socket")
+		t.Log(r.platter("stack", "status", "--socket", socket))
+		t.Log(r.platter("stack", "probe", "--socket", socket))
+	})
 	key := r.ssh("10.77.0.12", "cat /etc/ssh/ssh_host_ed25519_key.pub")
 	// falls makes a node go down and returns once its own system speaks again
 	// and both nodes are ready.
