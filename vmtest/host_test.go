@@ -170,15 +170,15 @@ while [ $left -gt 0 ]; do
 	[ "$now" = "$n" ] || { n=$now; left=%d; }
 	left=$((left - 2)); sleep 2
 done
-for vm in $(virsh list --all --name); do
-	dev=$(virsh domiflist $vm | awk 'NR > 2 && NF { print $1 }')
-	mac=$(virsh domiflist $vm | awk 'NR > 2 && NF { print $5 }')
-	lease=$(awk -v mac=$mac '$2 == mac { print $3 }' /run/test-leases)
-	echo "guest $vm $(virsh domstate $vm | tr -d ' \n') ${lease:--} $(ovs-vsctl port-to-br $dev 2>/dev/null || echo -) $(ovs-vsctl get port $dev tag 2>/dev/null || echo -) $(ovs-vsctl get interface $dev ofport 2>/dev/null || echo -)"
+for vm in %s; do
+	set -- $(virsh domiflist $vm | awk 'NR > 2 && NF { print $1, $5 }')
+	lease=$(awk -v mac=$2 '$2 == mac { print $3 }' /run/test-leases)
+	port=$(ovs-vsctl port-to-br $1 -- get port $1 tag -- get interface $1 ofport 2>/dev/null) || port="- - -"
+	echo guest $vm $(virsh domstate $vm | tr -d ' \n') ${lease:--} $port
 done
 for dev in $(ovs-vsctl --bare --columns=name find interface 'external_ids:vm-id!=""'); do
 	[ -e /sys/class/net/$dev ] || echo "stale $dev"
-done`, int(patience.Seconds()), len(h.guests), int(patience.Seconds())))
+done`, int(patience.Seconds()), len(h.guests), int(patience.Seconds()), h.names()))
 	seen := map[string]bool{}
 	for line := range strings.Lines(out) {
 		f := strings.Fields(line)
@@ -216,6 +216,15 @@ func (g guest) faults(state, lease, bridge, tag, ofport string) (found []fault) 
 		found = append(found, fault{g.name, "has the OpenFlow port " + ofport})
 	}
 	return found
+}
+
+// names of the guests, for a shell.
+func (h host) names() string {
+	var names []string
+	for _, g := range h.guests {
+		names = append(names, g.name)
+	}
+	return strings.Join(names, " ")
 }
 
 // newHost installs a node with two bridges.
@@ -278,10 +287,7 @@ func (h host) stock() {
 // again are the guests that are started after it.
 func (h host) upset(again ...guest) {
 	h.t.Helper()
-	names := passer.name
-	for _, g := range again {
-		names += " " + g.name
-	}
+	names := host{guests: append([]guest{passer}, again...)}.names()
 	h.script(`for vm in $(virsh list --name); do virsh -q destroy $vm; done
 for dev in $(ovs-vsctl --bare --columns=name find interface 'external_ids:vm-id!=""'); do ovs-vsctl --if-exists del-port $dev; done
 systemctl restart libvirtd
