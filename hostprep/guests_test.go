@@ -123,7 +123,7 @@ func machine(t *testing.T, l *libvirt.Libvirt, name, memory, bridge, vlan string
 func TestGuests(t *testing.T) {
 	for _, tool := range []string{"libvirtd", "qemu-system-x86_64"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%s is missing", tool)
+			t.Fatalf("%s is missing", tool)
 		}
 	}
 	if !ovstest.Alone(t) {

@@ -46,7 +46,7 @@ func in(t *testing.T, ns netns.NsHandle, do func()) {
 func namespace(t *testing.T) netns.NsHandle {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("network namespaces need root")
+		t.Fatal("network namespaces need root")
 	}
 	here, err := netns.Get()
 	if err != nil {
@@ -148,7 +148,7 @@ const firewall = `table inet fw {
 // sets, outlives that; one without dies without a word.
 func TestKeepalive(t *testing.T) {
 	if _, err := exec.LookPath("nft"); err != nil {
-		t.Skip("nft is not installed: apt-get install nftables")
+		t.Fatal("nft is not installed: apt-get install nftables")
 	}
 	client, router, server := namespace(t), namespace(t), namespace(t)
 	for i, end := range []netns.NsHandle{client, server} {
@@ -181,7 +181,7 @@ func TestKeepalive(t *testing.T) {
 		nft := exec.Command("nft", "-f", "-")
 		nft.Stdin = strings.NewReader(firewall)
 		if out, err := nft.CombinedOutput(); err != nil {
-			t.Skipf("this kernel has no nftables with connection tracking: %v: %s", err, out)
+			t.Fatalf("this kernel has no nftables with connection tracking: %v: %s", err, out)
 		}
 		for name, value := range map[string]string{
 			"ipv4/ip_forward": "1", "netfilter/nf_conntrack_tcp_timeout_established": "3",

@@ -262,6 +262,18 @@ func (c *command) alone(ctx context.Context, h *hostprep.Host) (release func(), 
 	})
 }
 
+// change is the machine for a command that changes it: as root, and alone.
+func (c *command) change(ctx context.Context, what string) (h *hostprep.Host, release func(), err error) {
+	if err := c.root(what); err != nil {
+		return nil, nil, err
+	}
+	if h, err = c.host(ctx); err != nil {
+		return nil, nil, err
+	}
+	release, err = c.alone(ctx, h)
+	return h, release, err
+}
+
 func (c *command) check(ctx context.Context) (int, error) {
 	h, err := c.host(ctx)
 	if err != nil {
@@ -281,19 +293,12 @@ func (c *command) apply(ctx context.Context) (int, error) {
 	if c.dryRun {
 		return c.check(ctx)
 	}
-	if err := c.root("host apply"); err != nil {
-		return failed, err
-	}
-	h, err := c.host(ctx)
-	if err != nil {
-		return failed, err
-	}
-	h.Retry = true // a person asked for it
-	release, err := c.alone(ctx, h)
+	h, release, err := c.change(ctx, "host apply")
 	if err != nil {
 		return failed, err
 	}
 	defer release()
+	h.Retry = true // a person asked for it
 	j, err := hostprep.OpenJournal(h.Root)
 	if err != nil {
 		return failed, err
@@ -320,14 +325,7 @@ func (c *command) apply(ctx context.Context) (int, error) {
 var atBoot = []string{"/boot/", "/etc/default/grub", "/etc/modprobe.d/", "/etc/modules-load.d/", "/etc/systemd/network/"}
 
 func (c *command) undo(ctx context.Context) (int, error) {
-	if err := c.root("host undo"); err != nil {
-		return failed, err
-	}
-	h, err := c.host(ctx)
-	if err != nil {
-		return failed, err
-	}
-	release, err := c.alone(ctx, h)
+	h, release, err := c.change(ctx, "host undo")
 	if err != nil {
 		return failed, err
 	}
@@ -370,14 +368,7 @@ func (c *command) undo(ctx context.Context) (int, error) {
 }
 
 func (c *command) repair(ctx context.Context) (int, error) {
-	if err := c.root("host repair"); err != nil {
-		return failed, err
-	}
-	h, err := c.host(ctx)
-	if err != nil {
-		return failed, err
-	}
-	release, err := c.alone(ctx, h)
+	h, release, err := c.change(ctx, "host repair")
 	if err != nil {
 		return failed, err
 	}

@@ -47,7 +47,7 @@ func host(t *testing.T, root string, steps func(*hostprep.Host) []hostprep.Step,
 
 func TestLifeOfAHost(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Fatal("needs root")
 	}
 	root := t.TempDir()
 	if err := os.Mkdir(root+"/etc", 0o755); err != nil {
@@ -98,7 +98,7 @@ func TestLifeOfAHost(t *testing.T) {
 
 func TestFailures(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Fatal("needs root")
 	}
 	steps := func(*hostprep.Host) []hostprep.Step { return []hostprep.Step{broken("no\nspace")} }
 	for _, verb := range []string{"check", "apply"} {
@@ -191,7 +191,7 @@ func TestPlan(t *testing.T) {
 // with undo.
 func TestTold(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Fatal("needs root")
 	}
 	root := t.TempDir()
 	var seen *hostprep.Host
@@ -226,7 +226,7 @@ func TestTold(t *testing.T) {
 // TestOneAtATime: whoever comes second is told who is first.
 func TestOneAtATime(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Fatal("needs root")
 	}
 	root := t.TempDir()
 	h := &hostprep.Host{Root: root}
