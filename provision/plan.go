@@ -79,6 +79,9 @@ type Host struct {
 type StackPlan struct {
 	Domain  string   `json:"domain"`
 	Members []string `json:"members"` // node names in rack order; the first forms a new cluster
+	// Components in the order in which they start; those of other nodes only by
+	// name, ports and members.
+	Components []PlacedComponent `json:"components,omitempty"`
 }
 
 // PlanFor makes the plan that brings node to generation with image. mac is the
@@ -94,7 +97,7 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 		Net: NodeNet{MAC: mac, Address: netip.PrefixFrom(node.Address, nw.Subnet.Bits()), Gateway: nw.Gateway, DNS: nw.DNS},
 		// The console is serial and screen: the last one named is /dev/console.
 		Users: r.Users, Cmdline: []string{"console=tty0", "console=ttyS0,115200"},
-		Finish: node.Finish, Host: r.Host.of(node), Stack: StackPlan{Domain: r.Stack.Domain},
+		Finish: node.Finish, Host: r.Host.of(node), Stack: StackPlan{Domain: r.Stack.Domain, Components: ComponentsFor(node.Name, r.Stack.Components)},
 		DiscHost: "https://" + netip.AddrPortFrom(nw.DiscHost, NodeAPIPort).String(),
 		Files:    "http://" + nw.DiscHost.String(),
 	}

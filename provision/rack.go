@@ -39,6 +39,7 @@ type Node struct {
 	Disk    DiskRule   // which disk to install on
 	Finish  Finish     // how the installer enters the installed system
 	Cmdline []string   // further kernel arguments of the installed system
+	Roles   []string   // what the stack file's placement asks for, [a-z0-9-]
 }
 
 // MAC is an Ethernet address in lower case with colons: 52:54:00:12:34:56.
@@ -161,9 +162,11 @@ type GuestSpec struct {
 	MemoryPercent int `json:"memory_percent,omitempty"`
 }
 
-// StackSpec is the IM service: one ejabberd cluster over all nodes.
+// StackSpec is the IM service: one cluster over all nodes.
 type StackSpec struct {
-	Domain string `json:"domain"` // the XMPP domain, for example im.example.org
+	Domain     string            // the XMPP domain, for example im.example.org
+	Optional   []string          // optional components of the stack file that are wanted
+	Components []PlacedComponent // of the stack file, placed on the nodes, in the order in which they start
 }
 
 // NodeByName returns the node and whether the rack has it.

@@ -8,6 +8,9 @@ type StackSecrets struct {
 	CA     string `json:"ca"`     // the site's CA certificate, PEM
 	Cert   string `json:"cert"`   // certificate for the XMPP domain and this node's name, PEM
 	Key    string `json:"key"`    // its private key, PEM
+	// Named are the stack file's secrets that this node's components use, by
+	// name.
+	Named map[string]string `json:"named,omitempty"`
 	// Probes are the two accounts of the readiness probe.
 	Probes []Account `json:"probes"`
 }

@@ -1,0 +1,111 @@
+package provision
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"text/template"
+)
+
+// View is what the templates of a stack file see of a node.
+type View struct {
+	Rack    string
+	Node    string     // name of this node
+	Address netip.Addr // of this node
+	Domain  string     // XMPP domain
+	Probes  []string   // names of the probes' accounts
+	CA      string     // PEM: the site's CA
+	Cert    string     // PEM: this node's certificate, for the domain, the node's name and its address
+	Key     string     // PEM: the certificate's private key
+
+	plan Plan
+	sec  StackSecrets
+}
+
+// ViewOf is the view of plan's node.
+func ViewOf(plan Plan, sec StackSecrets) View {
+	v := View{Rack: plan.Rack, Node: plan.Node, Address: plan.Net.Address.Addr(), Domain: plan.Stack.Domain,
+		CA: pemLines(sec.CA), Cert: pemLines(sec.Cert), Key: pemLines(sec.Key), plan: plan, sec: sec}
+	for _, a := range sec.Probes {
+		v.Probes = append(v.Probes, a.User)
+	}
+	return v
+}
+
+func pemLines(pem string) string { return strings.TrimRight(pem, "\n") + "\n" }
+
+func (v View) component(name string) (PlacedComponent, error) {
+	i := slices.IndexFunc(v.plan.Stack.Components, func(c PlacedComponent) bool { return c.Name == name })
+	if i < 0 {
+		return PlacedComponent{}, fmt.Errorf("there is no component %q", name)
+	}
+	return v.plan.Stack.Components[i], nil
+}
+
+// Has tells whether the rack runs the component at all.
+func (v View) Has(component string) bool {
+	_, err := v.component(component)
+	return err == nil
+}
+
+// Members are the nodes that have the component, in rack order.
+func (v View) Members(component string) ([]Host, error) {
+	c, err := v.component(component)
+	if err != nil {
+		return nil, err
+	}
+	var out []Host
+	for _, h := range v.plan.Hosts {
+		if slices.Contains(c.Members, h.Name) {
+			out = append(out, h)
+		}
+	}
+	return out, nil
+}
+
+// Port is the number of a component's port.
+func (v View) Port(component, name string) (int, error) {
+	c, err := v.component(component)
+	if err != nil {
+		return 0, err
+	}
+	for _, p := range c.Ports {
+		if p.Name == name {
+			return p.Number, nil
+		}
+	}
+	return 0, fmt.Errorf("the component %s has no port %q", component, name)
+}
+
+// Secret is the value of a named secret.
+func (v View) Secret(name string) (string, error) {
+	s, ok := v.sec.Named[name]
+	if !ok {
+		return "", fmt.Errorf("the secret %q is not among those that this node's components list", name)
+	}
+	return s, nil
+}
+
+// Render carries out a template of a stack file. name serves messages.
+//
+// Beside text/template's own there is the function quote, which makes a string
+// of JSON, and so of YAML.
+func (v View) Render(name, text string) (string, error) {
+	t, err := template.New(name).Option("missingkey=error").Funcs(template.FuncMap{"quote": quote}).Parse(text)
+	if err != nil {
+		return "", err
+	}
+	var b bytes.Buffer
+	if err := t.Execute(&b, v); err != nil {
+		return "", err
+	}
+	return b.String(), nil
+}
+
+func quote(s string) (string, error) {
+	b, err := json.Marshal(s)
+	return string(b), err
+}
