@@ -162,9 +162,17 @@ type GuestSpec struct {
 	MemoryPercent int `json:"memory_percent,omitempty"`
 }
 
+// DefaultUsers is what the IM service is made for where the rack file does not
+// say; MaxUsers is the most that it may say.
+const (
+	DefaultUsers = 100
+	MaxUsers     = 100_000
+)
+
 // StackSpec is the IM service: one cluster over all nodes.
 type StackSpec struct {
 	Domain     string            // the XMPP domain, for example im.example.org
+	Users      int               // how many it is made for, 1 to MaxUsers
 	Optional   []string          // optional components of the stack file that are wanted
 	Components []PlacedComponent // of the stack file, placed on the nodes, in the order in which they start
 }

@@ -22,7 +22,7 @@ func rackCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(c.OutOrStdout(), "%s is good: rack %s, %d nodes, image %s, IM domain %s\n", args[0], r.Name, len(r.Nodes), r.Image, r.Stack.Domain)
+			fmt.Fprintf(c.OutOrStdout(), "%s is good: rack %s, %d nodes, image %s, IM domain %s for %d users\n", args[0], r.Name, len(r.Nodes), r.Image, r.Stack.Domain, r.Stack.Users)
 			return nil
 		},
 	})

@@ -100,8 +100,11 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 		StopWithin:    yamlfile.Get(guests["stop-within"], parseTime(5*time.Second, time.Hour)),
 		MemoryPercent: yamlfile.Get(guests["memory-percent"], yamlfile.Int(10, 120)),
 	}
-	stack := top["stack"].Required().Fields("domain")
-	r.Stack.Domain = yamlfile.Get(stack["domain"].Required(), parseDomain)
+	stack := top["stack"].Required().Fields("domain", "users")
+	r.Stack = provision.StackSpec{Domain: yamlfile.Get(stack["domain"].Required(), parseDomain), Users: provision.DefaultUsers}
+	if stack["users"].Exists() {
+		r.Stack.Users = yamlfile.Get(stack["users"], yamlfile.Int(1, provision.MaxUsers))
+	}
 
 	defaults := provision.Node{Finish: provision.FinishKexec}
 	d := top["defaults"].Fields("disk", "finish", "cmdline")

@@ -65,7 +65,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 	if want := (provision.GuestSpec{Parallel: 4, Delay: 2 * time.Second, StopWithin: 90 * time.Second, MemoryPercent: 120}); r.Host.Guests != want {
 		t.Errorf("guests are %+v", r.Host.Guests)
 	}
-	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Host.Bridges[0].Name != "br-vm" {
+	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Stack.Users != 1000 || r.Host.Bridges[0].Name != "br-vm" {
 		t.Errorf("rack is %+v", r)
 	}
 }
@@ -81,7 +81,7 @@ func TestEveryMistakeIsNamedWithItsLine(t *testing.T) {
 		line int
 		text string
 	}{
-		{1, `image is missing`}, {1, `stack is missing`}, {1, "lower-case letters"},
+		{1, `image is missing`}, {1, "lower-case letters"},
 		{2, `unknown key "images", did you mean "image"?`},
 		{5, "has host bits set, meant is 10.77.0.0/24"},
 		{8, "must be a time from 1m"},
@@ -107,6 +107,7 @@ func TestEveryMistakeIsNamedWithItsLine(t *testing.T) {
 		{41, "must be 2M or 1G"}, {41, "must be a whole number from 1 to"},
 		{42, "must leave CPU 0 to the host"},
 		{43, "must be a whole number from 1 to 64"}, {43, "must be a time from 5s to 1h"}, {43, "must be a whole number from 10 to 120"},
+		{44, "must be a whole number from 1 to 100000"}, {44, "a domain name in lower case"}, {44, `unknown key "user", did you mean "users"?`},
 	}
 	text := err.Error()
 	for _, w := range want {
@@ -171,4 +172,21 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestUsers(t *testing.T) {
+	full, err := os.ReadFile("testdata/full.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line, want := range map[string]int{"": provision.DefaultUsers, "  users: 1\n": 1, "  users: 100000\n": provision.MaxUsers} {
+		text := strings.Replace(string(full), "  users: 1000 # how many the service is made for; 100\n", line, 1)
+		r, err := Parse("testdata/full.yaml", []byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := provision.PlanFor(r, r.Nodes[0], "", 1, provision.ImageRef{}); err != nil || r.Stack.Users != want || p.Stack.Users != want {
+			t.Errorf("%q: %d users, in the plan %d, want %d; %v", line, r.Stack.Users, p.Stack.Users, want, err)
+		}
+	}
 }
