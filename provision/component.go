@@ -13,9 +13,11 @@ type Stack struct {
 	Name       string // [a-z0-9-]
 	Version    string // grows from disc to disc, compared as Debian compares versions
 	Components []Component
-	// Secrets are made by the site, once, and are the same on every node.
-	Secrets []Secret
 }
+
+// MaxStackText bounds all templates and manifests of a stack together, in
+// bytes: they travel in every plan, and as JSON may take six times as much.
+const MaxStackText = 1 << 20
 
 // Component is one program, or a few that belong together, on some of the
 // nodes. Components stand in the order in which they start: each after all that
@@ -36,7 +38,9 @@ type Component struct {
 	Manifest string      `json:"manifest,omitempty"` // the compose file's or the Kubernetes manifest's text
 	Units    []string    `json:"units,omitempty"`    // systemd units, in the order in which they start
 	Files    []StackFile `json:"files,omitempty"`
-	Secrets  []string    `json:"secrets,omitempty"` // names of those that the files use
+	// Secrets are those that the files use: made by the site once, the same on
+	// every node that has them.
+	Secrets []Secret `json:"secrets,omitempty"`
 
 	Ports []Port `json:"ports,omitempty"`
 	// Health says whether the component serves, as seen on a node; the zero
@@ -152,10 +156,18 @@ type PlacedComponent struct {
 }
 
 // Place finds the nodes for every component: optional ones only where enabled
-// names them. All mistakes are returned at once, joined.
+// names them. All mistakes are returned at once, joined, also a role that no
+// component asks for: it is a misspelt one.
 func (s *Stack) Place(nodes []Node, enabled []string) ([]PlacedComponent, error) {
 	var out []PlacedComponent
 	var wrong []error
+	for _, n := range nodes {
+		for _, role := range n.Roles {
+			if !slices.ContainsFunc(s.Components, func(c Component) bool { return c.Place.Role == role }) {
+				wrong = append(wrong, fmt.Errorf("node %s has the role %q, which no component of the stack %s asks for", n.Name, role, s.Name))
+			}
+		}
+	}
 	for _, name := range enabled {
 		i := slices.IndexFunc(s.Components, func(c Component) bool { return c.Name == name })
 		switch {
@@ -175,7 +187,7 @@ func (s *Stack) Place(nodes []Node, enabled []string) ([]PlacedComponent, error)
 				members = append(members, n.Name)
 			}
 		}
-		if len(members) == 0 {
+		if len(members) == 0 && c.Place.Role != "" {
 			wrong = append(wrong, fmt.Errorf("no node has the role %q, which the component %s needs", c.Place.Role, c.Name))
 		}
 		if c.Place.Count > 0 {
@@ -189,7 +201,7 @@ func (s *Stack) Place(nodes []Node, enabled []string) ([]PlacedComponent, error)
 	for _, c := range out {
 		for _, need := range c.Needs {
 			if !slices.ContainsFunc(out, func(o PlacedComponent) bool { return o.Name == need }) {
-				wrong = append(wrong, fmt.Errorf("the component %s needs %s, which is optional: name it in the rack file too", c.Name, need))
+				wrong = append(wrong, fmt.Errorf("the component %s needs %s, which is optional: name that in the rack file too", c.Name, need))
 			}
 		}
 	}

@@ -114,6 +114,25 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 	return p, nil
 }
 
+// ServiceName is a DNS name in the certificates that the IM stack's programs
+// use among themselves, and in no other certificate of the site's CA. A program
+// that lets in whoever shows a certificate has to ask for this name: machines
+// that only list their hardware have a certificate of the same CA.
+func (p Plan) ServiceName() string { return "stack." + p.Rack + ".internal" }
+
+// NamedSecrets are the named secrets of the components that the plan's node has.
+func (p Plan) NamedSecrets() []Secret {
+	var out []Secret
+	for _, c := range p.Stack.Components {
+		for _, s := range c.Secrets {
+			if !slices.Contains(out, s) {
+				out = append(out, s)
+			}
+		}
+	}
+	return out
+}
+
 // of is the host as one node has it: kernel arguments of its own take the place
 // of the rack's.
 func (h HostSpec) of(node Node) HostSpec {

@@ -16,6 +16,7 @@ type View struct {
 	Node    string     // name of this node
 	Address netip.Addr // of this node
 	Domain  string     // XMPP domain
+	Service string     // DNS name that certificates of this rack's nodes have and no others, see Plan.ServiceName
 	Probes  []string   // names of the probes' accounts
 	CA      string     // PEM: the site's CA
 	Cert    string     // PEM: this node's certificate, for the domain, the node's name and its address
@@ -27,7 +28,7 @@ type View struct {
 
 // ViewOf is the view of plan's node.
 func ViewOf(plan Plan, sec StackSecrets) View {
-	v := View{Rack: plan.Rack, Node: plan.Node, Address: plan.Net.Address.Addr(), Domain: plan.Stack.Domain,
+	v := View{Rack: plan.Rack, Node: plan.Node, Address: plan.Net.Address.Addr(), Domain: plan.Stack.Domain, Service: plan.ServiceName(),
 		CA: pemLines(sec.CA), Cert: pemLines(sec.Cert), Key: pemLines(sec.Key), plan: plan, sec: sec}
 	for _, a := range sec.Probes {
 		v.Probes = append(v.Probes, a.User)

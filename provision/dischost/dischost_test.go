@@ -473,6 +473,91 @@ func TestEnrolment(t *testing.T) {
 	}
 }
 
+// What a node has for the IM stack is a client's certificate of the same CA,
+// and opens nothing here.
+func TestStackCertificateIsNoIdentity(t *testing.T) {
+	l := newLab(t, 1)
+	n := l.enrol(1)
+	sec, err := n.Secrets(t.Context())
+	l.check(err)
+	pair, err := tls.X509KeyPair([]byte(sec.Cert), []byte(sec.Key))
+	l.check(err)
+	hc := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true,
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }}}}
+	defer hc.CloseIdleConnections()
+	for _, path := range []string{client.PathPlan, client.PathSecrets, client.PathJoin, client.PathApproval} {
+		resp, err := hc.Get(l.url + path)
+		if err == nil {
+			resp.Body.Close()
+			t.Errorf("%s: %s", path, resp.Status)
+		} else if !strings.Contains(err.Error(), "bad certificate") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
+
+// A disc host that comes back with another stack changes nothing for a node
+// that is installed: neither its boots nor its plan nor its secrets.
+func TestNewerStackLeavesInstalledNodesAlone(t *testing.T) {
+	l := newLab(t, 2)
+	with := func(name, text string) {
+		c := provision.Component{Name: name, Kind: provision.KindPackages, Secrets: []provision.Secret{{Name: name, Length: 20}},
+			Files: []provision.StackFile{{Path: "/etc/" + name, Template: text}}}
+		l.rack.Stack.Components = []provision.PlacedComponent{{Component: c, Members: []string{"node1"}}}
+	}
+	with("old", "1")
+	l.restart()
+	n1, n2 := l.enrol(1), l.enrol(2)
+	l.report(n1, provision.Report{Stage: provision.StageInstalled})
+	plan, err := n1.Plan(t.Context())
+	l.check(err)
+	sec, err := n1.Secrets(t.Context())
+	l.check(err)
+	if len(plan.Stack.Components[0].Files) != 1 || len(sec.Named["old"]) != 20 || len(sec.Named) != 1 {
+		t.Fatalf("%+v, %q", plan.Stack, sec.Named)
+	}
+	if sec, err := n2.Secrets(t.Context()); err != nil || len(sec.Named) != 0 {
+		t.Fatalf("a node without the component got %q, %v", sec.Named, err)
+	}
+
+	with("new", "2")
+	l.restart()
+	if s := l.node("node1"); s.GrantOpen || s.Stage != provision.StageInstalled {
+		t.Fatalf("%+v", s)
+	}
+	if script := l.boot(l.rack.Nodes[0].MAC, "10.9.0.11"); args(script)["token"] != "" {
+		t.Fatalf("an installed node was given\n%s", script)
+	}
+	again, err := n1.Plan(t.Context())
+	if err != nil || again.Digest() != plan.Digest() {
+		t.Fatalf("%+v, %v", again.Stack, err)
+	}
+	if s, err := n1.Secrets(t.Context()); err != nil || s.Named["old"] != sec.Named["old"] || len(s.Named) != 1 {
+		t.Fatalf("%q, %v", s.Named, err)
+	}
+	l.report(n1, provision.Report{Stage: provision.StagePreparing})
+
+	// Its next install brings the new one.
+	_, err = l.op.Reinstall(t.Context(), "node1")
+	l.check(err)
+	plan, err = l.enrol(1).Plan(t.Context())
+	if err != nil || plan.Stack.Components[0].Name != "new" {
+		t.Fatalf("%+v, %v", plan.Stack, err)
+	}
+}
+
+// A plan as large as the stack file may make it reaches its node.
+func TestLargePlan(t *testing.T) {
+	l := newLab(t, 1)
+	text := strings.Repeat("<", provision.MaxStackText) // six bytes each
+	c := provision.Component{Name: "a", Files: []provision.StackFile{{Path: "/etc/a", Template: text}}}
+	l.rack.Stack.Components = []provision.PlacedComponent{{Component: c, Members: []string{"node1"}}}
+	l.restart()
+	if plan, err := l.enrol(1).Plan(t.Context()); err != nil || plan.Stack.Components[0].Files[0].Template != text {
+		t.Fatalf("%d bytes, %v", len(plan.Stack.Components[0].Files[0].Template), err)
+	}
+}
+
 // A reinstall ends the rights of the generation before, a withdrawal gives
 // them back.
 func TestSuperseded(t *testing.T) {

@@ -1,6 +1,7 @@
 package dischost
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -133,19 +134,25 @@ func (h *Host) approval(_ http.ResponseWriter, _ *http.Request, peer site.Peer, 
 }
 
 func (h *Host) plan(_ http.ResponseWriter, r *http.Request, peer site.Peer, _ provision.State) (any, error) {
-	p, ok, err := h.Store.Plan(r.Context(), peer.Node, peer.Generation)
+	return h.planOf(r.Context(), peer)
+}
+
+func (h *Host) planOf(ctx context.Context, peer site.Peer) (provision.Plan, error) {
+	p, ok, err := h.Store.Plan(ctx, peer.Node, peer.Generation)
 	if err == nil && !ok {
 		err = fmt.Errorf("the plan of %s for generation %d is not in the journal: reinstall the node", peer.Node, peer.Generation)
 	}
 	return p, err
 }
 
-func (h *Host) secrets(_ http.ResponseWriter, _ *http.Request, peer site.Peer, _ provision.State) (any, error) {
-	n, ok := h.Rack.NodeByName(peer.Node)
-	if !ok {
-		return nil, fmt.Errorf("%s has left the rack file", peer.Node)
+// secrets are those of the node's own plan: the rack and the stack file may
+// have changed since.
+func (h *Host) secrets(_ http.ResponseWriter, r *http.Request, peer site.Peer, _ provision.State) (any, error) {
+	p, err := h.planOf(r.Context(), peer)
+	if err != nil {
+		return nil, err
 	}
-	return h.Site.StackSecrets(n.Name, h.Rack.Stack.Domain, n.Address)
+	return h.Site.StackSecrets(p)
 }
 
 func (h *Host) join(_ http.ResponseWriter, _ *http.Request, peer site.Peer, _ provision.State) (any, error) {

@@ -1,13 +1,16 @@
 package site
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -19,7 +22,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"syscall"
 	"time"
 
 	"platter/provision"
@@ -44,6 +49,7 @@ type file struct {
 	CA     string              `json:"ca"`     // PEM
 	Key    string              `json:"key"`    // of the CA, PEM
 	Cookie string              `json:"cookie"`
+	Seed   string              `json:"seed"` // of the stack's named secrets; 64 hex digits
 	Probes []provision.Account `json:"probes"`
 }
 
@@ -61,13 +67,25 @@ func Open(dir string) (*Site, error) { return open(dir, time.Now) }
 
 func open(dir string, now func() time.Time) (*Site, error) {
 	path := filepath.Join(dir, FileName)
-	b, err := os.ReadFile(path)
+	s, err := read(path, now)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = create(dir, path, now()); err != nil {
+		if err := create(dir, path, now()); err != nil {
 			return nil, fmt.Errorf("site file %s cannot be made: %w", path, err)
 		}
-		b, err = os.ReadFile(path)
+		s, err = read(path, now)
 	}
+	if err == nil && s.f.Seed == "" {
+		if err := addSeed(dir, path, now); err != nil {
+			return nil, fmt.Errorf("site file %s cannot be given the seed of the stack's secrets: %w", path, err)
+		}
+		s, err = read(path, now)
+	}
+	return s, err
+}
+
+// read opens the file at path. One of an older version has no seed.
+func read(path string, now func() time.Time) (*Site, error) {
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("site file: %w", err)
 	}
@@ -104,7 +122,7 @@ func create(dir, path string, now time.Time) error {
 		return err
 	}
 	b, err := json.MarshalIndent(file{
-		Format: 1, CA: encodeCert(der), Key: keyPEM, Cookie: rand.Text(),
+		Format: 1, CA: encodeCert(der), Key: keyPEM, Cookie: rand.Text(), Seed: newSeed(),
 		Probes: []provision.Account{{User: "probe-a", Password: rand.Text()}, {User: "probe-b", Password: rand.Text()}},
 	}, "", "\t")
 	if err != nil {
@@ -113,6 +131,16 @@ func create(dir, path string, now time.Time) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
+	return write(dir, b, func(tmp string) error {
+		if err := os.Link(tmp, path); !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		return nil
+	})
+}
+
+// write makes a file of b in dir, which put gives its name, all of it durable.
+func write(dir string, b []byte, put func(tmp string) error) error {
 	tmp, err := os.CreateTemp(dir, ".site-*") // mode 0600
 	if err != nil {
 		return err
@@ -122,7 +150,7 @@ func create(dir, path string, now time.Time) error {
 	if err := errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
 		return err
 	}
-	if err := os.Link(tmp.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := put(tmp.Name()); err != nil {
 		return err
 	}
 	// The name must outlive a power cut too: nodes will trust this CA.
@@ -134,6 +162,36 @@ func create(dir, path string, now time.Time) error {
 	return d.Sync()
 }
 
+func newSeed() string {
+	b := make([]byte, 32)
+	rand.Read(b)
+	return hex.EncodeToString(b)
+}
+
+// addSeed gives the file of an older version its seed and leaves every other
+// byte as it is. Of several processes the first decides.
+func addSeed(dir, path string, now func() time.Time) error {
+	lock, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return err
+	}
+	if s, err := read(path, now); err != nil || s.f.Seed != "" {
+		return err
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	end := bytes.LastIndexByte(b, '}')
+	last := len(bytes.TrimRight(b[:end], " \t\r\n"))
+	seed := fmt.Sprintf(",\n\t\"seed\": %q", newSeed())
+	return write(dir, slices.Concat(b[:last], []byte(seed), b[last:]), func(tmp string) error { return os.Rename(tmp, path) })
+}
+
 func (s *Site) parse(b []byte) error {
 	if err := json.Unmarshal(b, &s.f); err != nil {
 		return err
@@ -143,6 +201,9 @@ func (s *Site) parse(b []byte) error {
 	}
 	if s.f.Cookie == "" || len(s.f.Probes) != 2 {
 		return errors.New("it is incomplete")
+	}
+	if seed, err := hex.DecodeString(s.f.Seed); err != nil || len(seed) != 32 && len(seed) != 0 {
+		return errors.New("its seed is not 64 hex digits")
 	}
 	pair, err := tls.X509KeyPair([]byte(s.f.CA), []byte(s.f.Key))
 	if err != nil {
@@ -198,6 +259,13 @@ func (s *Site) ServerTLS(addresses []netip.Addr) (*tls.Config, error) {
 				return now
 			}
 			return s.ca.NotBefore
+		},
+		// A certificate of the IM stack is a client's too, but no node's.
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			if _, ok := NodeFromTLS(&cs); !ok && len(cs.PeerCertificates) > 0 {
+				return errors.New("the client's certificate is not the identity of a node")
+			}
+			return nil
 		},
 		SessionTicketsDisabled: true, // a ticket would outlive the check of a certificate
 	}, nil
@@ -280,40 +348,70 @@ func NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
 	return Peer{Node: subject.CommonName, Generation: generation, Inventory: org == orgInventory}, true
 }
 
-// StackSecrets returns what node needs in the cluster that serves domain: the
-// cookie, the probe accounts, and a key and certificate made for it now. addr
-// is the node's address: in a rack without a name server, files that users
-// share are fetched from it.
-func (s *Site) StackSecrets(node, domain string, addr netip.Addr) (provision.StackSecrets, error) {
+// StackSecrets returns what the plan's node needs in the cluster: the cookie,
+// the probe accounts, the named secrets of its components, and a key and
+// certificate made for it now. The certificate serves and, among the stack's
+// programs, identifies a client; it is no node's identity, see NodeFromTLS.
+func (s *Site) StackSecrets(p provision.Plan) (provision.StackSecrets, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
+		return provision.StackSecrets{}, fmt.Errorf("stack certificate of node %s: %w", p.Node, err)
 	}
-	t := s.template(node, x509.ExtKeyUsageServerAuth)
+	t := s.template(p.Node, x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth)
 	// The service's own name, those of its usual components (RFC 6120, 13.7.1:
-	// each is a domain of its own), and the node's.
-	t.DNSNames = []string{domain, "conference." + domain, "pubsub." + domain, "upload." + domain, "proxy." + domain, node}
-	t.IPAddresses = []net.IP{addr.AsSlice()}
+	// each is a domain of its own), and the node's. In a rack without a name
+	// server, files that users share are fetched from its address.
+	domain := p.Stack.Domain
+	t.DNSNames = []string{domain, "conference." + domain, "pubsub." + domain, "upload." + domain, "proxy." + domain, p.Node, "localhost", p.ServiceName()}
+	t.IPAddresses = []net.IP{p.Net.Address.Addr().AsSlice(), net.IPv4(127, 0, 0, 1)}
 	der, err := s.sign(t, key.Public())
 	if err != nil {
-		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
+		return provision.StackSecrets{}, fmt.Errorf("stack certificate of node %s: %w", p.Node, err)
 	}
 	keyPEM, err := encodeKey(key)
 	if err != nil {
-		return provision.StackSecrets{}, fmt.Errorf("XMPP certificate of node %s: %w", node, err)
+		return provision.StackSecrets{}, fmt.Errorf("stack certificate of node %s: %w", p.Node, err)
+	}
+	named := map[string]string{}
+	for _, sec := range p.NamedSecrets() {
+		named[sec.Name] = s.named(sec)
 	}
 	return provision.StackSecrets{
-		Cookie: s.f.Cookie, CA: s.f.CA, Cert: encodeCert(der), Key: keyPEM,
+		Cookie: s.f.Cookie, CA: s.f.CA, Cert: encodeCert(der), Key: keyPEM, Named: named,
 		Probes: append([]provision.Account(nil), s.f.Probes...),
 	}, nil
 }
 
+// named derives a secret of the stack from the seed. A longer one of the same
+// name begins with the shorter.
+func (s *Site) named(sec provision.Secret) string {
+	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+	seed, _ := hex.DecodeString(s.f.Seed) // parse has checked it
+	key := mac(seed, []byte("stack-secret/"+sec.Name))
+	var out []byte
+	for block := uint32(0); len(out) < sec.Length; block++ {
+		for _, b := range mac(key, binary.BigEndian.AppendUint32(nil, block)) {
+			// Bytes beyond the last whole multiple would favour the first letters.
+			if int(b) < 256/len(letters)*len(letters) && len(out) < sec.Length {
+				out = append(out, letters[int(b)%len(letters)])
+			}
+		}
+	}
+	return string(out)
+}
+
+func mac(key, text []byte) []byte {
+	h := hmac.New(sha256.New, key)
+	h.Write(text)
+	return h.Sum(nil)
+}
+
 // template is an end entity's certificate, valid as long as the CA is.
-func (s *Site) template(name string, usage x509.ExtKeyUsage) *x509.Certificate {
+func (s *Site) template(name string, usage ...x509.ExtKeyUsage) *x509.Certificate {
 	return &x509.Certificate{
 		SerialNumber: serial(), Subject: pkix.Name{CommonName: name},
 		NotBefore: s.ca.NotBefore, NotAfter: s.ca.NotAfter, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: usage,
 	}
 }
 

@@ -8,16 +8,21 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"platter/provision"
 )
 
 var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1")}
@@ -88,7 +93,8 @@ func TestOpenDamaged(t *testing.T) {
 	}
 	path := filepath.Join(dir, FileName)
 	whole, _ := os.ReadFile(path)
-	for _, bad := range []string{"", "{}", string(whole[:len(whole)/2]), strings.Replace(string(whole), `"format": 1`, `"format": 2`, 1)} {
+	for _, bad := range []string{"", "{}", string(whole[:len(whole)/2]), strings.Replace(string(whole), `"format": 1`, `"format": 2`, 1),
+		strings.Replace(string(whole), `"seed": "`, `"seed": "xy`, 1)} {
 		os.WriteFile(path, []byte(bad), 0o600)
 		_, err := Open(dir)
 		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "restore") {
@@ -163,7 +169,7 @@ func TestNodeFromTLS(t *testing.T) {
 		}
 		return &pair
 	}
-	xmpp, err := s.StackSecrets("node1", "im.example.org", netip.MustParseAddr("10.77.0.11"))
+	xmpp, err := s.StackSecrets(plan("node1", "10.77.0.11"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +187,7 @@ func TestNodeFromTLS(t *testing.T) {
 		"machine":         {pairOf(s, Peer{Node: "52:54:00:00:00:01", Inventory: true}), true, Peer{Node: "52:54:00:00:00:01", Inventory: true}, true},
 		"nobody":          {nil, true, Peer{}, false},
 		"of another site": {pairOf(other, Peer{Node: "node1", Generation: 7}), false, Peer{}, false},
-		"an XMPP server":  {&xmppPair, false, Peer{}, false},
+		"the IM stack":    {&xmppPair, false, Peer{}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, err := tls.Listen("tcp", "127.0.0.1:0", cfg)
@@ -225,6 +231,10 @@ func TestNodeFromTLS(t *testing.T) {
 	}
 	if _, ok := NodeFromTLS(nil); ok {
 		t.Fatal("a plain connection is a node")
+	}
+	// Also where a server would let it in.
+	if peer, ok := NodeFromTLS(&tls.ConnectionState{VerifiedChains: [][]*x509.Certificate{{xmppPair.Leaf, s.CACert()}}}); ok {
+		t.Fatalf("a certificate of the IM stack is the node %+v", peer)
 	}
 }
 
@@ -270,7 +280,7 @@ func TestStackSecrets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sec, err := s.StackSecrets("node2", "im.example.org", netip.MustParseAddr("10.77.0.11"))
+	sec, err := s.StackSecrets(plan("node2", "10.77.0.11"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,9 +292,12 @@ func TestStackSecrets(t *testing.T) {
 	if !roots.AppendCertsFromPEM([]byte(sec.CA)) {
 		t.Fatal("the CA is no certificate")
 	}
-	for _, name := range []string{"im.example.org", "conference.im.example.org", "node2", "10.77.0.11"} {
-		if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name}); err != nil {
-			t.Errorf("%s: %v", name, err)
+	for _, name := range []string{"im.example.org", "conference.im.example.org", "node2", "10.77.0.11", "localhost", "127.0.0.1", "stack.lab.internal"} {
+		// Programs of the stack use one certificate as server and as client.
+		for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+			if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
 		}
 	}
 	for _, name := range []string{"node1", "10.77.0.12"} {
@@ -292,8 +305,152 @@ func TestStackSecrets(t *testing.T) {
 			t.Errorf("the certificate is good for another node: %s", name)
 		}
 	}
-	again, _ := s.StackSecrets("node1", "im.example.org", netip.MustParseAddr("10.77.0.11"))
+	again, _ := s.StackSecrets(plan("node1", "10.77.0.11"))
 	if again.Cookie != sec.Cookie || again.Probes[1] != sec.Probes[1] {
 		t.Error("the nodes of one site do not share cookie and probe accounts")
+	}
+}
+
+// What a machine of no rack file gets does not pass for a member of the stack,
+// wherever the stack asks for its own name.
+func TestOnlyTheStackHasItsServiceName(t *testing.T) {
+	s, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, peer := range []Peer{{Node: "52:54:00:00:00:01", Inventory: true}, {Node: "node1", Generation: 1}} {
+		text, err := s.SignNode(request(t, ecKey(t)), peer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode([]byte(text))
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cert.VerifyHostname(plan("node1", "10.77.0.11").ServiceName()); err == nil {
+			t.Errorf("%+v", peer)
+		}
+	}
+}
+
+// plan is what of a node's plan its secrets depend on.
+func plan(node, addr string, secrets ...provision.Secret) provision.Plan {
+	return provision.Plan{Rack: "lab", Node: node, Net: provision.NodeNet{Address: netip.PrefixFrom(netip.MustParseAddr(addr), 24)},
+		Stack: provision.StackPlan{Domain: "im.example.org", Components: []provision.PlacedComponent{
+			{Component: provision.Component{Name: "a", Secrets: secrets}}, {Component: provision.Component{Name: "b", Secrets: secrets}}}}}
+}
+
+func TestNamedSecrets(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := func(s *Site, node string, secrets ...provision.Secret) map[string]string {
+		sec, err := s.StackSecrets(plan(node, "10.77.0.11", secrets...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sec.Named
+	}
+	one, two := provision.Secret{Name: "one", Length: 32}, provision.Secret{Name: "two", Length: 128}
+	got := named(s, "node1", one, two)
+	if len(got) != 2 || !regexp.MustCompile(`^[A-Za-z0-9]{32}$`).MatchString(got["one"]) || !regexp.MustCompile(`^[A-Za-z0-9]{128}$`).MatchString(got["two"]) || got["two"][:32] == got["one"] {
+		t.Fatalf("%q", got)
+	}
+	if len(named(s, "node1")) != 0 || named(s, "node2", one)["one"] != got["one"] {
+		t.Error("a node gets what its components list, the same as other nodes")
+	}
+	if s, err = Open(dir); err != nil || named(s, "node1", two)["two"] != got["two"] {
+		t.Errorf("a restart changes a secret: %v", err)
+	}
+	other, err := Open(t.TempDir())
+	if err != nil || named(other, "node1", one)["one"] == got["one"] {
+		t.Errorf("two sites share a secret: %v", err)
+	}
+	// Reckoned apart from this code, with Python's hmac: what is in use on
+	// nodes must never change.
+	s.f.Seed = strings.Repeat("0f", 32)
+	if got := named(s, "node1", provision.Secret{Name: "patroni-replication", Length: 40})["patroni-replication"]; got != "SE9dVQqzqSeJEhG4oLd5Fg2Igv4VH2VN9LLEJMF2" {
+		t.Errorf("the derivation has changed: %s", got)
+	}
+	// Every letter is as likely as any other: over 62,000 letters a count is
+	// off by more than 200 of 1000 once in 10^9 runs.
+	counts := map[rune]int{}
+	for i := range 500 {
+		for _, r := range s.named(provision.Secret{Name: strconv.Itoa(i), Length: 124}) {
+			counts[r]++
+		}
+	}
+	if len(counts) != 62 {
+		t.Errorf("%d letters", len(counts))
+	}
+	for r, n := range counts {
+		if n < 800 || n > 1200 {
+			t.Errorf("%c: %d of 62000", r, n)
+		}
+	}
+}
+
+// A site file of an older version gets its seed and keeps everything else; of
+// many openers at once all see the same.
+func TestOldFileGetsASeed(t *testing.T) {
+	dir := t.TempDir()
+	first, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, FileName)
+	whole, _ := os.ReadFile(path)
+	var fields map[string]any
+	if err := json.Unmarshal(whole, &fields); err != nil {
+		t.Fatal(err)
+	}
+	delete(fields, "seed")
+	fields["later"] = "kept"
+	for name, marshal := range map[string]func(any) ([]byte, error){
+		"compact": json.Marshal, "indented": func(v any) ([]byte, error) { return json.MarshalIndent(v, "", "\t") },
+		"by hand": func(v any) ([]byte, error) {
+			b, err := json.MarshalIndent(v, " ", "  ")
+			return append(b, "\n\n"...), err
+		},
+	} {
+		old, err := marshal(fields)
+		if err != nil {
+			t.Fatal(err)
+		}
+		os.WriteFile(path, old, 0o644)
+		seeds := make([]string, 8)
+		var wg sync.WaitGroup
+		for i := range seeds {
+			wg.Go(func() {
+				s, err := Open(dir)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				seeds[i] = s.f.Seed
+				if s.Pin() != first.Pin() {
+					t.Errorf("%s: another site", name)
+				}
+			})
+		}
+		wg.Wait()
+		for _, seed := range seeds {
+			if seed != seeds[0] || len(seed) != 64 {
+				t.Fatalf("%s: %q", name, seeds)
+			}
+		}
+		now, _ := os.ReadFile(path)
+		if rest := strings.Replace(string(now), ",\n\t\"seed\": \""+seeds[0]+"\"", "", 1); rest != string(old) {
+			t.Errorf("%s: the file was\n%s\nis\n%s", name, old, now)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", name, info.Mode(), err)
+		}
+		if entries, _ := os.ReadDir(dir); len(entries) != 1 {
+			t.Errorf("%s: left behind: %v", name, entries)
+		}
 	}
 }

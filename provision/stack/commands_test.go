@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -39,7 +40,9 @@ func TestCommands(t *testing.T) {
 	}
 	rack := provision.Rack{Name: "lab", Stack: provision.StackSpec{Domain: testDomain}}
 	for i, n := range l.nodes {
-		if n.sec, err = s.StackSecrets(n.name, testDomain, n.addr); err != nil {
+		n.sec, err = s.StackSecrets(provision.Plan{Node: n.name, Stack: provision.StackPlan{Domain: testDomain},
+			Net: provision.NodeNet{Address: netip.PrefixFrom(n.addr, 24)}})
+		if err != nil {
 			t.Fatal(err)
 		}
 		n.install()

@@ -21,7 +21,8 @@ func openSite(t *testing.T) *site.Site {
 // secretsOf are what a node of the site gets; one password is hard to quote.
 func secretsOf(t *testing.T, s *site.Site, node, addr string) provision.StackSecrets {
 	t.Helper()
-	sec, err := s.StackSecrets(node, "im.test", netip.MustParseAddr(addr))
+	sec, err := s.StackSecrets(provision.Plan{Node: node, Stack: provision.StackPlan{Domain: "im.test"},
+		Net: provision.NodeNet{Address: netip.PrefixFrom(netip.MustParseAddr(addr), 24)}})
 	if err != nil {
 		t.Fatal(err)
 	}
