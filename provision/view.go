@@ -18,6 +18,7 @@ type View struct {
 	Domain  string     // XMPP domain
 	Service string     // DNS name that certificates of this rack's nodes have and no others, see Plan.ServiceName
 	Probes  []string   // names of the probes' accounts
+	Cookie  string     // of the Erlang distribution
 	CA      string     // PEM: the site's CA
 	Cert    string     // PEM: this node's certificate, for the domain, the node's name and its address
 	Key     string     // PEM: the certificate's private key
@@ -29,7 +30,7 @@ type View struct {
 // ViewOf is the view of plan's node.
 func ViewOf(plan Plan, sec StackSecrets) View {
 	v := View{Rack: plan.Rack, Node: plan.Node, Address: plan.Net.Address.Addr(), Domain: plan.Stack.Domain, Service: plan.ServiceName(),
-		CA: pemLines(sec.CA), Cert: pemLines(sec.Cert), Key: pemLines(sec.Key), plan: plan, sec: sec}
+		Cookie: sec.Cookie, CA: pemLines(sec.CA), Cert: pemLines(sec.Cert), Key: pemLines(sec.Key), plan: plan, sec: sec}
 	for _, a := range sec.Probes {
 		v.Probes = append(v.Probes, a.User)
 	}
@@ -92,10 +93,10 @@ func (v View) Secret(name string) (string, error) {
 
 // Render carries out a template of a stack file. name serves messages.
 //
-// Beside text/template's own there is the function quote, which makes a string
-// of JSON, and so of YAML.
+// Beside text/template's own there are the functions quote, which makes a string
+// of JSON, and so of YAML, and replace OLD NEW TEXT.
 func (v View) Render(name, text string) (string, error) {
-	t, err := template.New(name).Option("missingkey=error").Funcs(template.FuncMap{"quote": quote}).Parse(text)
+	t, err := template.New(name).Option("missingkey=error").Funcs(functions).Parse(text)
 	if err != nil {
 		return "", err
 	}
@@ -104,6 +105,11 @@ func (v View) Render(name, text string) (string, error) {
 		return "", err
 	}
 	return b.String(), nil
+}
+
+var functions = template.FuncMap{
+	"quote":   quote,
+	"replace": func(old, with, text string) string { return strings.ReplaceAll(text, old, with) },
 }
 
 func quote(s string) (string, error) {
