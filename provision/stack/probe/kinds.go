@@ -21,6 +21,7 @@ import (
 	"mellium.im/xmpp/upload"
 
 	"platter/provision"
+	"platter/provision/stack/session"
 )
 
 // nonce is a text that nobody could guess.
@@ -28,7 +29,7 @@ func nonce() string { return "platter-probe-" + rand.Text() }
 
 func (r run) login(ctx context.Context) (time.Duration, error) {
 	began := time.Now()
-	u, err := r.dial(ctx, r.From, aside)
+	u, err := r.dial(ctx, r.From, session.Aside)
 	if err != nil {
 		return 0, err
 	}
@@ -38,10 +39,10 @@ func (r run) login(ctx context.Context) (time.Duration, error) {
 
 // both logs both users in.
 func (r run) both(ctx context.Context) (from, to *user, err error) {
-	if to, err = r.dial(ctx, r.To, aside); err != nil {
+	if to, err = r.dial(ctx, r.To, session.Aside); err != nil {
 		return nil, nil, err
 	}
-	if from, err = r.dial(ctx, r.From, aside); err != nil {
+	if from, err = r.dial(ctx, r.From, session.Aside); err != nil {
 		to.close()
 		return nil, nil, err
 	}
@@ -56,14 +57,14 @@ func (r run) message(ctx context.Context) (time.Duration, error) {
 	}
 	defer to.close()
 	defer from.close()
-	return deliver(ctx, from, to, hints("no-store", "no-copy"))
+	return deliver(ctx, from, to, session.Hints("no-store", "no-copy"))
 }
 
 // deliver sends messages from from to to until one has arrived, and returns
 // how long that one took. The node of the sender learns of the receiver's login
 // asynchronously, so the first message may find nobody: it is repeated, each
 // with a number.
-func deliver(ctx context.Context, from, to *user, hints []hint) (time.Duration, error) {
+func deliver(ctx context.Context, from, to *user, hints []session.Hint) (time.Duration, error) {
 	secret := nonce()
 	sent, last := map[string]time.Time{}, error(nil)
 	again := time.NewTicker(500 * time.Millisecond)
@@ -89,9 +90,9 @@ func deliver(ctx context.Context, from, to *user, hints []hint) (time.Duration, 
 				}
 			case <-again.C:
 				waiting = false
-			case err := <-from.broken:
+			case err := <-from.open.Ended:
 				return 0, from.ended(err)
-			case err := <-to.broken:
+			case err := <-to.open.Ended:
 				return 0, to.ended(err)
 			case <-ctx.Done():
 				err := fmt.Errorf("of %d messages from %s at node %s to %s at node %s none arrived: %w",
@@ -107,7 +108,7 @@ func deliver(ctx context.Context, from, to *user, hints []hint) (time.Duration, 
 
 // offline takes whatever waits for To, also what a probe that was killed left.
 func (r run) offline(ctx context.Context) (time.Duration, error) {
-	from, err := r.dial(ctx, r.From, aside)
+	from, err := r.dial(ctx, r.From, session.Aside)
 	if err != nil {
 		return 0, err
 	}
@@ -117,7 +118,7 @@ func (r run) offline(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := from.send(ctx, stanza.ChatMessage, receiver, text, hints("no-permanent-store")...); err != nil {
+	if err := from.send(ctx, stanza.ChatMessage, receiver, text, session.Hints("no-permanent-store")...); err != nil {
 		return 0, err
 	}
 	// Stanzas are handled in order (RFC 6120, 10.1): after the answer the
@@ -132,7 +133,7 @@ func (r run) offline(ctx context.Context) (time.Duration, error) {
 	}
 
 	began := time.Now()
-	to, err := r.dial(ctx, r.To, present)
+	to, err := r.dial(ctx, r.To, session.Present)
 	if err != nil {
 		return 0, err
 	}
@@ -144,7 +145,7 @@ func (r run) offline(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 
-	if to, err = r.dial(ctx, r.To, present); err != nil {
+	if to, err = r.dial(ctx, r.To, session.Present); err != nil {
 		return 0, err
 	}
 	defer to.close()
@@ -247,11 +248,11 @@ func (r run) archive(ctx context.Context) (time.Duration, error) {
 	defer to.close()
 	defer from.close()
 	// What finds nobody would wait for the user; after this it does not.
-	if _, err := deliver(ctx, from, to, hints("no-store", "no-copy")); err != nil {
+	if _, err := deliver(ctx, from, to, session.Hints("no-store", "no-copy")); err != nil {
 		return 0, err
 	}
 	text := nonce()
-	if err := from.send(ctx, stanza.ChatMessage, to.address(), text, hints("store", "no-copy")...); err != nil {
+	if err := from.send(ctx, stanza.ChatMessage, to.address(), text, session.Hints("store", "no-copy")...); err != nil {
 		return 0, err
 	}
 	if err := ping.Send(ctx, from.session, from.address().Domain()); err != nil {
@@ -259,7 +260,7 @@ func (r run) archive(ctx context.Context) (time.Duration, error) {
 	}
 	elsewhere := r.To
 	elsewhere.Account = r.From.Account
-	reader, err := r.dial(ctx, elsewhere, aside)
+	reader, err := r.dial(ctx, elsewhere, session.Aside)
 	if err != nil {
 		return 0, err
 	}
@@ -284,7 +285,7 @@ func (r run) archive(ctx context.Context) (time.Duration, error) {
 const fileSize = 400 << 10
 
 func (r run) upload(ctx context.Context) (time.Duration, error) {
-	u, err := r.dial(ctx, r.From, aside)
+	u, err := r.dial(ctx, r.From, session.Aside)
 	if err != nil {
 		return 0, err
 	}
@@ -305,7 +306,7 @@ func (r run) upload(ctx context.Context) (time.Duration, error) {
 				Next: fmt.Sprintf("Run 'systemctl restart platter-agent' on node %s: it writes ejabberd's configuration anew", r.From.Node)}
 		}
 	}
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: r.tls(node)}, // no proxy
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: session.TLSConfig(r.roots, node)}, // no proxy
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	defer client.CloseIdleConnections()
 

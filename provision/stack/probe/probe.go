@@ -2,7 +2,6 @@ package probe
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -10,6 +9,7 @@ import (
 	"time"
 
 	"platter/provision"
+	"platter/provision/stack/session"
 )
 
 // Kind is one thing that users need of the service.
@@ -61,9 +61,9 @@ func Run(ctx context.Context, kind Kind, o Options) (time.Duration, error) {
 	if try == nil {
 		return 0, fmt.Errorf("there is no probe %q", kind)
 	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM([]byte(o.CA)) {
-		return 0, &provision.Failure{Code: "probe-ca", Message: "the CA is not a certificate in PEM form", Next: "Check the site's file in the disc host's state directory"}
+	roots, err := session.Roots(o.CA)
+	if err != nil {
+		return 0, err
 	}
 	took, err := try(run{o, roots}, ctx)
 	if err == nil {
@@ -90,8 +90,4 @@ func logsOf(node string) string {
 type run struct {
 	Options
 	roots *x509.CertPool
-}
-
-func (r run) tls(name string) *tls.Config {
-	return &tls.Config{ServerName: name, RootCAs: r.roots, MinVersion: tls.VersionTLS12}
 }

@@ -2,18 +2,11 @@ package probe
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/xml"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"strconv"
 	"strings"
-	"sync"
-	"time"
 
-	"mellium.im/sasl"
 	"mellium.im/xmlstream"
 	"mellium.im/xmpp"
 	"mellium.im/xmpp/disco"
@@ -21,23 +14,16 @@ import (
 	"mellium.im/xmpp/stanza"
 
 	"platter/provision"
-)
-
-// Priorities of a session (RFC 6121, 4.7.2.3).
-const (
-	aside   = -1 // gets what is sent to this very session
-	present = 0  // also what is sent to the user, and what waited
+	"platter/provision/stack/session"
 )
 
 // user is one logged-in session.
 type user struct {
 	Endpoint
-	conn    net.Conn
+	open    *session.Session
 	session *xmpp.Session
 	got     chan incoming // messages and presences; more than it holds are dropped
-	broken  chan error    // the session ended by itself
 	unwatch func() bool
-	served  sync.WaitGroup
 }
 
 // incoming is what a probe looks at of a message or presence.
@@ -66,105 +52,34 @@ func (in incoming) status(code int) bool {
 	return false
 }
 
-// outgoing is a message with hints to servers on what to do with it (XEP-0334).
-type outgoing struct {
-	stanza.Message
-	Body  string `xml:"body"`
-	Hints []hint
-}
-
-type hint struct{ XMLName xml.Name }
-
-func hints(names ...string) []hint {
-	var out []hint
-	for _, n := range names {
-		out = append(out, hint{xml.Name{Space: "urn:xmpp:hints", Local: n}})
-	}
-	return out
-}
-
 // dial logs e in and announces it with that priority.
 func (r run) dial(ctx context.Context, e Endpoint, priority int) (*user, error) {
-	step := "connecting"
-	fail := func(err error) error {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx) // the error is only that of a closed connection
-		}
-		f := &provision.Failure{Code: "probe-session", Next: logsOf(e.Node),
-			Message: fmt.Sprintf("user %s at node %s (%s): %s: %v", e.Account.User, e.Node, e.Addr, step, err)}
-		switch step {
-		case "connecting":
+	u := &user{Endpoint: e, got: make(chan incoming, 256)}
+	s, err := session.Open(ctx, session.Options{Domain: r.Domain, Roots: r.roots, Addr: e.Addr, Account: e.Account, Priority: priority, Heard: u.receive})
+	if err == nil {
+		u.open, u.session = s, s.XMPP
+		u.unwatch = context.AfterFunc(ctx, s.Abort)
+		return u, nil
+	}
+	f := &provision.Failure{Code: "probe-session", Next: logsOf(e.Node),
+		Message: fmt.Sprintf("user %s at node %s (%s): %v", e.Account.User, e.Node, e.Addr, err)}
+	if at := new(session.Error); errors.As(err, &at) {
+		switch at.Step {
+		case session.Connect:
 			f.Code = "probe-connect"
 			f.Next = fmt.Sprintf("See that node %s is on, and that 'systemctl status ejabberd' says there that it runs", e.Node)
-		case "TLS":
+		case session.TLS:
 			f.Code = "probe-tls"
 			f.Next = fmt.Sprintf("Compare the clocks of node %s and of the disc host; if they agree, 'platter node reinstall %s' gives it a new certificate", e.Node, e.Node)
-		case "login":
+		case session.Login:
 			f.Code = "probe-login"
 			f.Next = fmt.Sprintf("Run 'systemctl restart platter-agent' on node %s: it sets the passwords of the probes' accounts", e.Node)
 		}
-		return f
 	}
-	me, err := jid.New(e.Account.User, r.Domain, "")
-	if err != nil {
-		return nil, fail(err)
-	}
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", e.Addr.String())
-	if err != nil {
-		return nil, fail(err)
-	}
-	u := &user{Endpoint: e, conn: conn, got: make(chan incoming, 256), broken: make(chan error, 1)}
-	u.unwatch = context.AfterFunc(ctx, func() { conn.Close() })
-
-	step = "opening the stream"
-	// during makes the step's name known while the feature is negotiated.
-	during := func(name string, f xmpp.StreamFeature) xmpp.StreamFeature {
-		negotiate := f.Negotiate
-		f.Negotiate = func(ctx context.Context, s *xmpp.Session, data any) (xmpp.SessionState, io.ReadWriter, error) {
-			step = name
-			state, rw, err := negotiate(ctx, s, data)
-			if t, ok := rw.(*tls.Conn); ok && err == nil {
-				err = t.HandshakeContext(ctx) // now, so that its error is known as one of TLS
-			}
-			return state, rw, err
-		}
-		return f
-	}
-	u.session, err = xmpp.NewClientSession(ctx, me, conn,
-		during("TLS", xmpp.StartTLS(r.tls(r.Domain))),
-		during("login", xmpp.SASL("", e.Account.Password, sasl.ScramSha256, sasl.ScramSha1)),
-		during("binding a resource", xmpp.BindResource()))
-	if err == nil && u.session.State()&(xmpp.Secure|xmpp.Authn) != xmpp.Secure|xmpp.Authn {
-		err = errors.New("the node let the user in without TLS or without a password")
-	}
-	if err != nil {
-		u.unwatch()
-		conn.Close()
-		return nil, fail(err)
-	}
-
-	u.served.Add(1)
-	go func() {
-		defer u.served.Done()
-		err := u.session.Serve(xmpp.HandlerFunc(u.receive))
-		if err == nil {
-			err = io.EOF
-		}
-		u.broken <- err
-	}()
-	step = "presence"
-	level := xmlstream.Wrap(xmlstream.Token(xml.CharData(strconv.Itoa(priority))), xml.StartElement{Name: xml.Name{Local: "priority"}})
-	if err := u.session.Send(ctx, stanza.Presence{}.Wrap(level)); err != nil {
-		u.close()
-		return nil, fail(err)
-	}
-	return u, nil
+	return nil, f
 }
 
 func (u *user) receive(t xmlstream.TokenReadEncoder, start *xml.StartElement) error {
-	if start.Name.Local == "iq" {
-		return nil // answers find their way by themselves
-	}
 	var in incoming
 	d := xml.NewTokenDecoder(xmlstream.MultiReader(xmlstream.Token(*start), t))
 	if err := d.Decode(&in); err != nil {
@@ -190,7 +105,7 @@ func (u *user) await(ctx context.Context, what string, want func(incoming) bool)
 			if in.Type == "error" {
 				last = in.Error
 			}
-		case err := <-u.broken:
+		case err := <-u.open.Ended:
 			return incoming{}, u.ended(err)
 		case <-ctx.Done():
 			if last != nil {
@@ -227,8 +142,8 @@ func (u *user) failed(what string, err error) error {
 // address is the user with this session's resource.
 func (u *user) address() jid.JID { return u.session.LocalAddr() }
 
-func (u *user) send(ctx context.Context, kind stanza.MessageType, to jid.JID, text string, hints ...hint) error {
-	err := u.session.Encode(ctx, outgoing{
+func (u *user) send(ctx context.Context, kind stanza.MessageType, to jid.JID, text string, hints ...session.Hint) error {
+	err := u.session.Encode(ctx, session.Message{
 		Message: stanza.Message{ID: strings.TrimPrefix(text, "platter-"), To: to, Type: kind},
 		Body:    text, Hints: hints,
 	})
@@ -269,11 +184,8 @@ func (u *user) service(ctx context.Context, feature string) (jid.JID, error) {
 		Message: fmt.Sprintf("node %s offers no service %s", u.Node, feature)}
 }
 
-// close says good-bye and waits, for a second at most, for the node's answer.
+// close says good-bye.
 func (u *user) close() {
-	u.conn.SetDeadline(time.Now().Add(time.Second))
-	u.session.Close()
-	u.served.Wait()
+	u.open.Close()
 	u.unwatch()
-	u.conn.Close()
 }
