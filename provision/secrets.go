@@ -1,5 +1,12 @@
 package provision
 
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+)
+
 // StackSecrets is what one node needs to take part in the IM cluster. It only
 // travels over the authenticated node API and is kept in files of mode 0600 or
 // tighter.
@@ -19,4 +26,23 @@ type StackSecrets struct {
 type Account struct {
 	User     string `json:"user"` // local part
 	Password string `json:"password"`
+}
+
+// LoadPrefix begins the names of simulated users, who put load on the service
+// for a test. No person may have such a name: the accounts are made, used and
+// removed as the tests need them.
+const LoadPrefix = "platter-load-"
+
+// LoadAccounts are n simulated users. Names and passwords depend on nothing but
+// their number and secret, so that the disc host and a node agree on them
+// without sending them.
+func LoadAccounts(n int, secret []byte) []Account {
+	var out []Account
+	for i := range n {
+		user := fmt.Sprintf("%s%06d", LoadPrefix, i+1)
+		h := hmac.New(sha256.New, secret)
+		h.Write([]byte(user))
+		out = append(out, Account{User: user, Password: base64.RawURLEncoding.EncodeToString(h.Sum(nil))})
+	}
+	return out
 }

@@ -245,6 +245,10 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("PLATTER_TEST_DISCHOST"); dir != "" {
 		panic(serveDiscHost(dir, os.Stdin))
 	}
+	if os.Getenv("PLATTER_TEST_LOAD") != "" {
+		runLoad()
+		return
+	}
 	if os.Getenv("PLATTER_TEST_PROBE") == "" {
 		os.Exit(m.Run())
 	}

@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"platter/provision"
 )
 
 // evaluator runs one Erlang expression in the local member's machine and
@@ -159,6 +161,42 @@ func accountExpr(user, domain, password string) string {
 			end,
 			lists:flatten(io_lib:format("~0p", [R]))
 	end.`, binary(user), binary(domain), binary(password))
+}
+
+// loadExpr makes sure that accounts exist with these passwords. A new one costs
+// the node one hash of a password, one that is there as well.
+func loadExpr(domain string, accounts []provision.Account) string {
+	var list []string
+	for _, a := range accounts {
+		list = append(list, "{"+binary(a.User)+","+binary(a.Password)+"}")
+	}
+	return fmt.Sprintf(`
+	D = %s,
+	Make = fun(U, P) ->
+		case ejabberd_auth:try_register(U, D, P) of
+			{error, exists} ->
+				case ejabberd_auth:check_password(U, <<>>, D, P) of
+					true -> ok;
+					false -> ejabberd_auth:set_password(U, D, P)
+				end;
+			Other -> Other
+		end
+	end,
+	case lists:usort([Make(U, P) || {U, P} <- [%s]]) -- [ok] of
+		[] -> "ok";
+		Errors -> lists:flatten(io_lib:format("~0p", [Errors]))
+	end.`, binary(domain), strings.Join(list, ","))
+}
+
+// removeLoadExpr removes up to limit accounts of simulated users, with all
+// that modules keep of them, and tells "REMOVED of FOUND". Some authentication
+// backends ignore the prefix.
+func removeLoadExpr(domain string, limit int) string {
+	return fmt.Sprintf(`
+	D = %[1]s,
+	All = [U || {U, _} <- ejabberd_auth:get_users(D, [{prefix, %[2]s}]), re:run(U, ["^", %[2]s, "[0-9]+$"]) =/= nomatch],
+	Gone = [U || U <- lists:sublist(All, %[3]d), ejabberd_auth:remove_user(U, D) =:= ok],
+	lists:flatten(io_lib:format("~b of ~b", [length(Gone), length(All)])).`, binary(domain), binary(provision.LoadPrefix), limit)
 }
 
 // syncExpr makes what was committed durable: Mnesia alone loses the last
