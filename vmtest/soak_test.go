@@ -21,30 +21,54 @@ func TestSoak(t *testing.T) {
 	h.define()
 	h.leases()
 	h.want(0, "start-guests")
-	run := func(kind string, n int) (faulty, faults int) {
+	if found := h.faults(2 * time.Minute); len(found) > 0 {
+		t.Fatalf("first start: %v", found)
+	}
+	type tally struct {
+		boots, faulty int
+		kinds         map[string]int
+	}
+	run := func(kind string, n int, patience time.Duration) tally {
+		all := tally{boots: n, kinds: map[string]int{}}
 		for i := range n {
-			h.upset(h.guests...)
+			began := time.Now()
 			how := []string{"reboot", "cut", "cut"}[i%3]
-			h.falls(how)
-			h.settled()
-			found := h.faults(2 * time.Minute)
-			if len(found) > 0 {
-				faulty++
-				faults += len(found)
+			if how == "cut" {
+				h.swap()
+			} else {
+				h.resume()
 			}
-			t.Logf("%s %d/%d, %s: %d faults %v", kind, i+1, n, how, len(found), found)
+			upset := time.Since(began)
+			h.falls(how)
+			up := time.Since(began)
+			h.settled()
+			found := h.faults(patience)
+			if len(found) > 0 {
+				all.faulty++
+			}
+			for _, f := range found {
+				all.kinds[f.kind]++
+			}
+			t.Logf("%s %d/%d, %s: %d faults %v; prepared after %.0f s, up %.0f s, looked at %.0f s", kind, i+1, n, how, len(found), found,
+				upset.Seconds(), up.Seconds(), time.Since(began).Seconds())
 		}
-		return faulty, faults
+		return all
 	}
-	faulty, faults := run("prepared", boots)
+	prepared := run("prepared", boots, 2*time.Minute)
 	h.stock()
-	n := min(boots, 6) // what fails every time needs no fifty
-	stockFaulty, stockFaults := run("stock", n)
-	fmt.Printf("\n            boots  boots with faults  faults\nprepared    %5d  %17d  %6d\nstock image %5d  %17d  %6d\n\n", boots, faulty, faults, n, stockFaulty, stockFaults)
-	if faulty > 0 {
-		t.Errorf("%d of %d boots of the prepared host had faults", faulty, boots)
+	stock := run("stock", min(boots, 3), time.Minute) // what fails every time needs no fifty
+	fmt.Printf("\n%-22s  prepared  stock image\n", "")
+	line := func(what string, a, b int) { fmt.Printf("%-22s  %8d  %11d\n", what, a, b) }
+	line("boots", prepared.boots, stock.boots)
+	line("boots with faults", prepared.faulty, stock.faulty)
+	for _, kind := range []string{faultOff, faultStale, faultPlace, faultLease, faultPort} {
+		line(kind, prepared.kinds[kind], stock.kinds[kind])
 	}
-	if stockFaulty == 0 {
+	fmt.Println()
+	if prepared.faulty > 0 {
+		t.Errorf("%d of %d boots of the prepared host had faults", prepared.faulty, boots)
+	}
+	if stock.faulty == 0 {
 		t.Error("the stock image has no fault: this soak proves nothing")
 	}
 }
