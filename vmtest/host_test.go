@@ -118,7 +118,7 @@ func (h host) try(text string) (string, error) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.bin(), "lab", "exec", "--state", h.lab, "--", "ssh", "-i", h.dir+"/key",
 		"-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
-		"-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=12", "root@"+h.addr, "sh -s")
+		"-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=12", "root@"+h.addr, "sh -s")
 	cmd.Stdin = strings.NewReader(text)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
@@ -266,7 +266,7 @@ func newHost(t *testing.T, guests []guest) host {
 	t.Helper()
 	r := newRig(t, fmt.Sprintf(labHead, "host")+`
   - {name: node1, mac: "52:54:00:77:05:01", cpus: 2, memory: 4GiB, disks: [{size: 8GiB, serial: one}]}
-`, strings.Replace(rackHead, "nodes:", "host: {bridges: [{name: br-a}, {name: br-b}, {name: br-c}], guests: {stop-within: 10s}}\nnodes:", 1)+`
+`, strings.Replace(rackHead, "nodes:", "host: {bridges: [{name: br-a}, {name: br-b}, {name: br-c}], guests: {stop-within: 5s}}\nnodes:", 1)+`
   - {name: node1, mac: "52:54:00:77:05:01", address: 10.77.0.11}
 `)
 	r.power("on", "node1")
