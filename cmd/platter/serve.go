@@ -31,7 +31,7 @@ import (
 const defaultStore = "/var/lib/platter/store"
 
 type serveOptions struct {
-	rack, store, state, socket, ipxe string
+	rack, stack, store, state, socket, ipxe string
 }
 
 func serveCmd() *cobra.Command {
@@ -55,6 +55,7 @@ socket that systemd or 'platter lab exec --listen' hands over.`,
 	}
 	c.Flags().StringVarP(&o.rack, "config", "c", "", "the rack file")
 	c.MarkFlagRequired("config")
+	withStack(c, &o.stack)
 	c.Flags().StringVar(&o.store, "store", defaultStore, "the image store: a folder, or where the disc is mounted")
 	c.Flags().StringVar(&o.state, "state", "/var/lib/platter/state", "folder of the journal, the site's CA and its secrets")
 	c.Flags().StringVar(&o.socket, "socket", defaultSocket, "Unix socket for operators")
@@ -65,7 +66,7 @@ socket that systemd or 'platter lab exec --listen' hands over.`,
 // serve opens everything or says in one sentence what is missing, and then
 // serves until ctx ends.
 func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
-	rack, err := loadRack(o.rack)
+	rack, _, err := loadRackAndStack(o.rack, o.stack)
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,7 @@ import (
 const notWhole = said(3)
 
 func stackCmd() *cobra.Command {
-	c := &cobra.Command{Use: "stack", Short: "Look at the IM cluster and probe it"}
+	c := &cobra.Command{Use: "stack", Short: "Look at the IM cluster and probe it; work with stack files"}
 	op := withOperator(c)
 	var output string
 
@@ -101,6 +101,7 @@ Exit codes: 0 everything works, 1 a probe failed; it says what to do next.`,
 		tableOrJSON(sub, &output)
 	}
 	c.AddCommand(status, probe)
+	c.AddCommand(stackFileCmds()...)
 	return c
 }
 

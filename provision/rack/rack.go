@@ -9,6 +9,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -100,14 +101,16 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 		StopWithin:    yamlfile.Get(guests["stop-within"], parseTime(5*time.Second, time.Hour)),
 		MemoryPercent: yamlfile.Get(guests["memory-percent"], yamlfile.Int(10, 120)),
 	}
-	stack := top["stack"].Required().Fields("domain", "users")
+	stack := top["stack"].Required().Fields("domain", "users", "components")
 	r.Stack = provision.StackSpec{Domain: yamlfile.Get(stack["domain"].Required(), parseDomain), Users: provision.DefaultUsers}
 	if stack["users"].Exists() {
 		r.Stack.Users = yamlfile.Get(stack["users"], yamlfile.Int(1, provision.MaxUsers))
 	}
 
+	r.Stack.Optional = p.names(stack["components"])
+
 	defaults := provision.Node{Finish: provision.FinishKexec}
-	d := top["defaults"].Fields("disk", "finish", "cmdline")
+	d := top["defaults"].Fields("disk", "finish", "cmdline", "roles")
 	p.common(d, &defaults)
 	for _, n := range top["nodes"].Required().List() {
 		r.Nodes = append(r.Nodes, p.node(n, defaults, r))
@@ -260,6 +263,22 @@ func (p *parser) common(m map[string]yamlfile.Value, n *provision.Node) {
 			n.Cmdline = append(n.Cmdline, yamlfile.Get(a, parseArg))
 		}
 	}
+	if m["roles"].Exists() {
+		n.Roles = p.names(m["roles"])
+	}
+}
+
+// names reads a list of names, each only once.
+func (p *parser) names(v yamlfile.Value) []string {
+	var out []string
+	for _, item := range v.List() {
+		name := yamlfile.Get(item, parseName)
+		if name != "" && slices.Contains(out, name) {
+			item.Failf("%s is listed twice", name)
+		}
+		out = append(out, name)
+	}
+	return out
 }
 
 func (p *parser) disk(v yamlfile.Value) provision.DiskRule {
@@ -280,7 +299,7 @@ func (p *parser) disk(v yamlfile.Value) provision.DiskRule {
 }
 
 func (p *parser) node(v yamlfile.Value, defaults provision.Node, r *provision.Rack) provision.Node {
-	m := v.Fields("name", "slot", "mac", "address", "disk", "finish", "cmdline")
+	m := v.Fields("name", "slot", "mac", "address", "disk", "finish", "cmdline", "roles")
 	n := defaults
 	n.Name = yamlfile.Get(m["name"].Required(), parseName)
 	n.Slot = yamlfile.Get(m["slot"], yamlfile.Text)

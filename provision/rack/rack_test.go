@@ -65,6 +65,15 @@ func TestEveryKeyIsRead(t *testing.T) {
 	if want := (provision.GuestSpec{Parallel: 4, Delay: 2 * time.Second, StopWithin: 90 * time.Second, MemoryPercent: 120}); r.Host.Guests != want {
 		t.Errorf("guests are %+v", r.Host.Guests)
 	}
+	if d := cmp.Diff([]string{"broker", "storage"}, n1.Roles); d != "" {
+		t.Error("the defaults' roles did not reach node1:", d)
+	}
+	if d := cmp.Diff([]string{"storage"}, n2.Roles); d != "" {
+		t.Error("a node's roles must replace the defaults':", d)
+	}
+	if d := cmp.Diff([]string{"rabbitmq"}, r.Stack.Optional); d != "" {
+		t.Error(d)
+	}
 	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Stack.Users != 1000 || r.Host.Bridges[0].Name != "br-vm" {
 		t.Errorf("rack is %+v", r)
 	}
@@ -107,7 +116,8 @@ func TestEveryMistakeIsNamedWithItsLine(t *testing.T) {
 		{41, "must be 2M or 1G"}, {41, "must be a whole number from 1 to"},
 		{42, "must leave CPU 0 to the host"},
 		{43, "must be a whole number from 1 to 64"}, {43, "must be a time from 5s to 1h"}, {43, "must be a whole number from 10 to 120"},
-		{44, "must be a whole number from 1 to 100000"}, {44, "a domain name in lower case"}, {44, `unknown key "user", did you mean "users"?`},
+		{44, "must be a whole number from 1 to 100000"}, {44, "a domain name in lower case"}, {44, `unknown key "user", did you mean "users"?`}, {44, "a is listed twice"},
+		{45, `roles[0] "Storage": must be lower-case letters`}, {45, `unknown key "role", did you mean "roles"?`},
 	}
 	text := err.Error()
 	for _, w := range want {

@@ -2,6 +2,7 @@ package yamlfile
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +29,8 @@ func (p Problem) String() string {
 	return fmt.Sprintf("%s:%d: %s", p.File, p.Line, p.Message)
 }
 
-// Problems are all mistakes of a file, in file order.
+// Problems are all mistakes of a file, in file order, and then those of the
+// files that it names.
 type Problems []Problem
 
 func (ps Problems) Error() string {
@@ -88,16 +90,22 @@ func (f *File) fail(line, col int, msg string) {
 	f.problems = append(f.problems, Problem{f.name, max(line, 1), col, msg})
 }
 
+// Add reports a mistake in another file that this one names.
+func (f *File) Add(p Problem) { f.problems = append(f.problems, p) }
+
 // Err returns every mistake so far as Problems in file order, or nil.
 func (f *File) Err() error {
 	if len(f.problems) == 0 {
 		return nil
 	}
-	slices.SortStableFunc(f.problems, func(a, b Problem) int {
-		if a.Line != b.Line {
-			return a.Line - b.Line
+	other := func(p Problem) string { // sorts the file itself first
+		if p.File == f.name {
+			return ""
 		}
-		return a.Column - b.Column
+		return p.File
+	}
+	slices.SortStableFunc(f.problems, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(other(a), other(b)), a.Line-b.Line, a.Column-b.Column)
 	})
 	return slices.Compact(f.problems)
 }
