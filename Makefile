@@ -32,6 +32,7 @@ deps: build/.deps ## install the Debian packages that building and the demo use 
 build/.deps: Makefile
 	@mkdir -p build
 	@$(call install,$(PACKAGES))
+	@command -v npm >/dev/null || { $(call install,npm); } # from wherever the site has it
 	@touch $@
 
 build/.test-deps: Makefile build/.deps

@@ -57,9 +57,9 @@ type Built struct {
 }
 
 // BuildOS builds an operating system image and publishes it under its name. It
-// needs root, mmdebstrap, mkfs.ext4, mkfs.vfat and mcopy. An image whose inputs
-// have not changed is not built again. When it is cut short the store is as it
-// was.
+// needs root, mmdebstrap, mkfs.ext4, mkfs.vfat, mcopy and, for a recipe with a web
+// part, npm. An image whose inputs have not changed is not built again. When it is
+// cut short the store is as it was.
 func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("an operating system image can only be built as root: its files belong to many users")
@@ -118,7 +118,17 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 	if o.Update {
 		use = nil
 	}
-	if err := o.debootstrap(ctx, work, r, use); err != nil {
+	logFile := filepath.Join(o.WorkDir, o.Name+".log")
+	log, err := os.Create(logFile)
+	if err != nil {
+		return nil, fmt.Errorf("build log cannot be written: %w", err)
+	}
+	defer log.Close()
+	web, err := o.web(ctx, work, r, log)
+	if err != nil {
+		return nil, err
+	}
+	if err := o.debootstrap(ctx, work, r, use, web, log); err != nil {
 		return nil, err
 	}
 	found, err := os.ReadFile(filepath.Join(work.dir, "root", "platter", "packages"))
@@ -170,7 +180,7 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 }
 
 // recipeVersion changes when the code that turns a recipe into parts does.
-const recipeVersion = "2"
+const recipeVersion = "3"
 
 // inputs is a hash over everything that decides how the image comes out.
 func (o BuildOptions) inputs(r recipe, key secretKey, lock map[string]string) (string, error) {
@@ -232,11 +242,16 @@ func (o BuildOptions) combination(packages map[string]string, out io.Writer) (ve
 	return l, nil
 }
 
-// debootstrap makes the tree work/root.
-func (o BuildOptions) debootstrap(ctx context.Context, work *scratch, r recipe, lock map[string]string) error {
+// debootstrap makes the tree work/root, with the files of the folder web in it.
+func (o BuildOptions) debootstrap(ctx context.Context, work *scratch, r recipe, lock map[string]string, web string, log *os.File) error {
 	setup := filepath.Join(work.dir, "setup")
 	if err := copyTree(r.files, "overlay", setup); err != nil {
 		return err
+	}
+	if web != "" {
+		if err := copyTree(os.DirFS(web), ".", filepath.Join(setup, webRoot)); err != nil {
+			return err
+		}
 	}
 	storage, err := words(recipes, storageModules)
 	if err != nil {
@@ -287,12 +302,6 @@ func (o BuildOptions) debootstrap(ctx context.Context, work *scratch, r recipe, 
 	args = append(args, o.Suite, filepath.Join(work.dir, "root"))
 	args = append(args, o.Mirrors...)
 
-	logFile := filepath.Join(o.WorkDir, o.Name+".log")
-	log, err := os.Create(logFile)
-	if err != nil {
-		return fmt.Errorf("build log cannot be written: %w", err)
-	}
-	defer log.Close()
 	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
 	cmd.Stdout = log
 	// mmdebstrap tells its steps in lines that start with "I: ".
@@ -303,12 +312,12 @@ func (o BuildOptions) debootstrap(ctx context.Context, work *scratch, r recipe, 
 		}
 	}}
 	cmd.Stderr = steps
-	fmt.Fprintf(o.Out, "building Debian %s with %d named packages, %d of them locked (log: %s)\n", o.Suite, len(packages), len(lock), logFile)
+	fmt.Fprintf(o.Out, "building Debian %s with %d named packages, %d of them locked (log: %s)\n", o.Suite, len(packages), len(lock), log.Name())
 	if err := work.run(cmd); err != nil {
 		if ctx.Err() != nil {
 			return fmt.Errorf("the build of image %s was interrupted, the store is as it was: %w", o.Name, ctx.Err())
 		}
-		return fmt.Errorf("mmdebstrap failed, %s says why, its last lines are:\n%s\n%w", logFile, strings.Join(steps.last, "\n"), err)
+		return fmt.Errorf("mmdebstrap failed, %s says why, its last lines are:\n%s\n%w", log.Name(), strings.Join(steps.last, "\n"), err)
 	}
 	return nil
 }

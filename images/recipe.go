@@ -20,6 +20,7 @@ var recipes embed.FS
 //	exclude           paths that are not unpacked
 //	overlay/          files that lie in the root before any package does
 //	finish            a script that runs in the finished root
+//	web/              what web browsers get from nodes, from npm; may be missing
 type recipe struct {
 	files fs.FS
 }
