@@ -115,9 +115,8 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 }
 
 // ServiceName is a DNS name in the certificates that the IM stack's programs
-// use among themselves, and in no other certificate of the site's CA. A program
-// that lets in whoever shows a certificate has to ask for this name: machines
-// that only list their hardware have a certificate of the same CA.
+// use among themselves, and in no other certificate of the site's CA: for
+// programs that ask a client for a name.
 func (p Plan) ServiceName() string { return "stack." + p.Rack + ".internal" }
 
 // NamedSecrets are the named secrets of the components that the plan's node has.

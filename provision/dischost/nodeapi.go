@@ -101,7 +101,7 @@ type peerHandler func(http.ResponseWriter, *http.Request, site.Peer, provision.S
 // machine lets in whoever enrolled and still is who it was then.
 func (h *Host) machine(next peerHandler) http.Handler {
 	return answer(func(w http.ResponseWriter, r *http.Request) (any, error) {
-		peer, ok := site.NodeFromTLS(r.TLS)
+		peer, ok := h.Site.NodeFromTLS(r.TLS)
 		if !ok {
 			return nil, &client.Error{Status: http.StatusUnauthorized, Code: client.CodeNoIdentity,
 				Message: "this needs the certificate of a node of this site", Next: "Enrol first."}

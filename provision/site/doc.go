@@ -8,6 +8,7 @@
 // clocks in a rack are often wrong, and what ends a node's rights is its
 // generation, not a date. A node's certificate has the node's name as common
 // name, its generation as organizational unit, and as organization whether it
-// belongs to a node or to a machine that is in no rack file. The certificates
-// of the IM stack have no organization: they open nothing on the node API.
+// belongs to a node or to a machine that is in no rack file. It is good for the
+// node API and nothing else, and the certificates of the IM stack are good for
+// everything but the node API.
 package site

@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
@@ -42,6 +43,12 @@ const (
 	orgNode      = "platter node"
 	orgInventory = "platter machine" // in no rack file
 )
+
+// identity is the extended key usage (RFC 5280, 4.2.1.12) of a node's
+// certificate, and no other. The programs of the IM stack trust the same CA:
+// they must not take the certificate of a machine that anybody booted for that
+// of a client.
+var identity = asn1.ObjectIdentifier{2, 25, 1886151028} // ITU-T X.667, the number is ours alone
 
 // file is the JSON form of the site's file.
 type file struct {
@@ -245,25 +252,17 @@ func (s *Site) ServerTLS(addresses []netip.Addr) (*tls.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("server certificate: %w", err)
 	}
-	clients := x509.NewCertPool()
-	clients.AddCert(s.ca)
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		// The CA goes along: an enrolling node knows only its pin.
 		Certificates: []tls.Certificate{{Certificate: [][]byte{der, s.ca.Raw}, PrivateKey: key}},
-		ClientAuth:   tls.VerifyClientCertIfGiven,
-		ClientCAs:    clients,
-		// A disc host whose clock fell behind its own CA still knows its nodes.
-		Time: func() time.Time {
-			if now := s.now(); now.After(s.ca.NotBefore) {
-				return now
-			}
-			return s.ca.NotBefore
-		},
-		// A certificate of the IM stack is a client's too, but no node's.
+		// A client that shows a certificate has its key; whose it is, NodeFromTLS
+		// finds out.
+		ClientAuth: tls.RequestClientCert,
+		ClientCAs:  s.pool(),
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			if _, ok := NodeFromTLS(&cs); !ok && len(cs.PeerCertificates) > 0 {
-				return errors.New("the client's certificate is not the identity of a node")
+			if _, ok := s.NodeFromTLS(&cs); !ok && len(cs.PeerCertificates) > 0 {
+				return errors.New("the client's certificate is not the identity of a node of this site")
 			}
 			return nil
 		},
@@ -286,7 +285,8 @@ func (s *Site) SignNode(csr string, peer Peer) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	t := s.template(peer.Node, x509.ExtKeyUsageClientAuth)
+	t := s.template(peer.Node)
+	t.UnknownExtKeyUsage = []asn1.ObjectIdentifier{identity}
 	t.Subject.Organization = []string{orgNode}
 	if peer.Inventory {
 		t.Subject.Organization = []string{orgInventory}
@@ -330,13 +330,25 @@ func parseRequest(text string) (*x509.CertificateRequest, error) {
 	return req, nil
 }
 
-// NodeFromTLS returns who speaks on a connection that ServerTLS accepted;
-// false when no node's certificate was shown.
-func NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
-	if cs == nil || len(cs.VerifiedChains) == 0 {
+// NodeFromTLS returns who speaks on a connection; false when no certificate was
+// shown that SignNode has made.
+func (s *Site) NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
+	if cs == nil || len(cs.PeerCertificates) == 0 {
 		return Peer{}, false
 	}
-	subject := cs.VerifiedChains[0][0].Subject
+	cert := cs.PeerCertificates[0]
+	// A disc host whose clock fell behind its own CA still knows its nodes.
+	now := s.now()
+	if now.Before(s.ca.NotBefore) {
+		now = s.ca.NotBefore
+	}
+	_, err := cert.Verify(x509.VerifyOptions{Roots: s.pool(), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	// Identities of older versions were those of any client.
+	older := slices.Equal(cert.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth})
+	if err != nil || !older && !slices.ContainsFunc(cert.UnknownExtKeyUsage, identity.Equal) {
+		return Peer{}, false
+	}
+	subject := cert.Subject
 	if len(subject.Organization) != 1 || len(subject.OrganizationalUnit) != 1 {
 		return Peer{}, false
 	}
@@ -346,6 +358,12 @@ func NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
 		return Peer{}, false
 	}
 	return Peer{Node: subject.CommonName, Generation: generation, Inventory: org == orgInventory}, true
+}
+
+func (s *Site) pool() *x509.CertPool {
+	p := x509.NewCertPool()
+	p.AddCert(s.ca)
+	return p
 }
 
 // StackSecrets returns what the plan's node needs in the cluster: the cookie,

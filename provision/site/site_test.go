@@ -10,10 +10,12 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -169,6 +171,17 @@ func TestNodeFromTLS(t *testing.T) {
 		}
 		return &pair
 	}
+	// older is an identity as older versions made it.
+	older := func(by *Site, org string) *tls.Certificate {
+		key := ecKey(t)
+		c := by.template("node1", x509.ExtKeyUsageClientAuth)
+		c.Subject.Organization, c.Subject.OrganizationalUnit = []string{org}, []string{"7"}
+		der, err := by.sign(c, key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	}
 	xmpp, err := s.StackSecrets(plan("node1", "10.77.0.11"))
 	if err != nil {
 		t.Fatal(err)
@@ -185,6 +198,8 @@ func TestNodeFromTLS(t *testing.T) {
 	}{
 		"node":            {pairOf(s, Peer{Node: "node1", Generation: 7}), true, Peer{Node: "node1", Generation: 7}, true},
 		"machine":         {pairOf(s, Peer{Node: "52:54:00:00:00:01", Inventory: true}), true, Peer{Node: "52:54:00:00:00:01", Inventory: true}, true},
+		"an older node":   {older(s, "platter node"), true, Peer{Node: "node1", Generation: 7}, true},
+		"a person":        {older(s, "people"), false, Peer{}, false},
 		"nobody":          {nil, true, Peer{}, false},
 		"of another site": {pairOf(other, Peer{Node: "node1", Generation: 7}), false, Peer{}, false},
 		"the IM stack":    {&xmppPair, false, Peer{}, false},
@@ -223,18 +238,20 @@ func TestNodeFromTLS(t *testing.T) {
 				return
 			}
 			cs := conn.ConnectionState()
-			peer, ok := NodeFromTLS(&cs)
+			peer, ok := s.NodeFromTLS(&cs)
 			if peer != c.peer || ok != c.isNode {
 				t.Fatalf("%+v, %v", peer, ok)
 			}
 		})
 	}
-	if _, ok := NodeFromTLS(nil); ok {
+	if _, ok := s.NodeFromTLS(nil); ok {
 		t.Fatal("a plain connection is a node")
 	}
 	// Also where a server would let it in.
-	if peer, ok := NodeFromTLS(&tls.ConnectionState{VerifiedChains: [][]*x509.Certificate{{xmppPair.Leaf, s.CACert()}}}); ok {
-		t.Fatalf("a certificate of the IM stack is the node %+v", peer)
+	for _, leaf := range []*x509.Certificate{xmppPair.Leaf, s.CACert(), pairOf(other, Peer{Node: "node1", Generation: 7}).Leaf} {
+		if peer, ok := s.NodeFromTLS(&tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}); ok {
+			t.Errorf("the certificate of %s is the node %+v", leaf.Subject, peer)
+		}
 	}
 }
 
@@ -311,25 +328,53 @@ func TestStackSecrets(t *testing.T) {
 	}
 }
 
-// What a machine of no rack file gets does not pass for a member of the stack,
-// wherever the stack asks for its own name.
-func TestOnlyTheStackHasItsServiceName(t *testing.T) {
-	s, err := Open(t.TempDir())
+// What a machine of no rack file gets opens nothing in the stack, whose
+// programs trust the same CA: not where Go decides (etcd), nor where OpenSSL
+// does (PostgreSQL, patroni).
+func TestIdentityIsNoClientOfTheStack(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, peer := range []Peer{{Node: "52:54:00:00:00:01", Inventory: true}, {Node: "node1", Generation: 1}} {
-		text, err := s.SignNode(request(t, ecKey(t)), peer)
-		if err != nil {
+	write := func(name, text string) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
+		return name
+	}
+	ca := write("ca.pem", s.CA())
+	p := plan("node1", "10.77.0.11")
+	sec, err := s.StackSecrets(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certs := map[string]string{"stack": sec.Cert}
+	for name, peer := range map[string]Peer{"machine": {Node: "52:54:00:00:00:01", Inventory: true}, "node": {Node: "node1", Generation: 1}} {
+		if certs[name], err = s.SignNode(request(t, ecKey(t)), peer); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range certs {
 		block, _ := pem.Decode([]byte(text))
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cert.VerifyHostname(plan("node1", "10.77.0.11").ServiceName()); err == nil {
-			t.Errorf("%+v", peer)
+		_, err = cert.Verify(x509.VerifyOptions{Roots: s.pool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		if good := err == nil; good != (name == "stack") {
+			t.Errorf("%s: Go says %v", name, err)
+		}
+		if good := cert.VerifyHostname(p.ServiceName()) == nil; good != (name == "stack") {
+			t.Errorf("%s: has the stack's name: %v", name, good)
+		}
+		out, err := exec.Command("openssl", "verify", "-purpose", "sslclient", "-CAfile", ca, write(name+".pem", text)).CombinedOutput()
+		if errors.Is(err, exec.ErrNotFound) {
+			t.Fatal("install openssl: ", err)
+		}
+		if good := err == nil; good != (name == "stack") {
+			t.Errorf("%s: OpenSSL says %v: %s", name, err, out)
 		}
 	}
 }
