@@ -70,13 +70,13 @@ type RabbitMQSizing struct {
 // are assumptions, on the safe side for people who write at work.
 const (
 	messagesPerDay = 50        // that a user writes, on each of 7 days
-	bytesPerCopy   = 3 << 9    // of a message in the archive: 300 bytes of text, its XML, the row, three indexes
+	bytesPerCopy   = 1536      // of a message in the archive: 300 bytes of text, its XML, the row, three indexes
 	copies         = 2         // one for the sender, one for the receiver
 	daysKept       = 90        // in the archive
-	filesPerUser   = 10 << 20  // that are kept on one node
+	filesPerUser   = 10 << 20  // bytes that are kept
 	returnWithin   = 300       // seconds in which all users come back after a power cut
-	loginsPerCPU   = 50        // log-ins a second that one CPU bears; seen: 10 ms of CPU each, TLS and SCRAM included, halved
-	sessionMemory  = 256 << 10 // of one user in ejabberd; seen: 64 to 101 KiB when nothing much happens
+	loginsPerCPU   = 16        // log-ins a second that one CPU bears; seen: 10 ms of CPU each in ejabberd 24.12, with TLS and SCRAM; six times that with the database, a proxy and slower machines
+	sessionMemory  = 256 << 10 // bytes of one user in ejabberd; seen: 64 to 101 KiB for one who does little
 )
 
 const (
@@ -86,16 +86,20 @@ const (
 )
 
 // SizingFor dimensions the stack for so many users on so many nodes, all alike.
+// A plan that names no users has DefaultUsers.
 func SizingFor(users, nodes int) Sizing {
-	users, nodes = max(users, 1), max(nodes, 1)
+	if users < 1 {
+		users = DefaultUsers
+	}
+	nodes = max(nodes, 1)
 	// All users must fit on the nodes that remain when one fails.
 	remain := max(nodes-1, 1)
 	n := (users + remain - 1) / remain
 	n64 := int64(n)
 	s := Sizing{Users: users, Nodes: nodes, Connections: n}
 
-	// One for the host and everything else, the rest for a mass reconnect.
-	s.CPUs = 1 + n/(returnWithin*loginsPerCPU)
+	// One for the host, the rest, rounded, for a mass reconnect.
+	s.CPUs = 1 + (n+returnWithin*loginsPerCPU/2)/(returnWithin*loginsPerCPU)
 	// listen(2) caps it at net.core.somaxconn: 4096 in the profile base, 8192 in
 	// messaging (hostprep/profile). A second's worth of returning users fits many
 	// times over.
@@ -158,7 +162,7 @@ func SizingFor(users, nodes int) Sizing {
 	// journal, logs and the like. Seen: 600 MiB for one.
 	s.System = 2*gib + gib/2
 	s.Archive = int64(users) * messagesPerDay * copies * bytesPerCopy * daysKept
-	s.Uploads = int64(users) * filesPerUser
+	s.Uploads = n64 * filesPerUser // files stay on the node that took them
 	used := s.System + s.Archive + s.Uploads + pg.MaxWAL + s.Etcd.Quota + s.RabbitMQ.DiskFree
 	s.Disk = used + used/8 // file systems slow down when they are full; alarms come first
 	return s

@@ -17,11 +17,11 @@ func TestSizing(t *testing.T) {
 		{100, 3, 50, Machine{CPUs: 1, Memory: 1900 * mib, Disk: 8 * gib}, Machine{Memory: 900 * mib, Disk: 4 * gib}},
 		{1000, 1, 1000, Machine{CPUs: 1, Memory: 3900 * mib, Disk: 40 * gib}, Machine{Memory: 900 * mib, Disk: 8 * gib}},
 		{1000, 3, 500, Machine{CPUs: 1, Memory: 3900 * mib, Disk: 40 * gib}, Machine{Memory: 900 * mib, Disk: 8 * gib}},
-		{10_000, 1, 10_000, Machine{CPUs: 2, Memory: 16 * gib, Disk: 400 * gib}, Machine{Memory: 3900 * mib, Disk: 40 * gib}},
+		{10_000, 1, 10_000, Machine{CPUs: 4, Memory: 16 * gib, Disk: 400 * gib}, Machine{Memory: 3900 * mib, Disk: 40 * gib}},
 		{10_000, 3, 5000, Machine{CPUs: 2, Memory: 8 * gib, Disk: 400 * gib}, Machine{Memory: 3900 * mib, Disk: 40 * gib}},
 		{10_000, 5, 2500, Machine{CPUs: 2, Memory: 8 * gib, Disk: 400 * gib}, Machine{Memory: 1900 * mib, Disk: 40 * gib}},
-		{MaxUsers, 1, 100_000, Machine{CPUs: 8, Memory: 64 * gib, Disk: 4000 * gib}, Machine{CPUs: 4, Memory: 16 * gib, Disk: 400 * gib}},
-		{MaxUsers, 5, 25_000, Machine{CPUs: 4, Memory: 32 * gib, Disk: 4000 * gib}, Machine{CPUs: 1, Memory: 8 * gib, Disk: 400 * gib}},
+		{MaxUsers, 1, 100_000, Machine{CPUs: 24, Memory: 64 * gib, Disk: 4000 * gib}, Machine{CPUs: 4, Memory: 16 * gib, Disk: 400 * gib}},
+		{MaxUsers, 5, 25_000, Machine{CPUs: 8, Memory: 32 * gib, Disk: 4000 * gib}, Machine{CPUs: 1, Memory: 8 * gib, Disk: 400 * gib}},
 	} {
 		s := SizingFor(c.users, c.nodes)
 		name := fmt.Sprintf("%d users on %d nodes", c.users, c.nodes)

@@ -119,6 +119,16 @@ func TestLoad(t *testing.T) {
 			t.Errorf("%s in the end: %s", n.name, got)
 		}
 	}
+	for _, n := range l.nodes { // in any table of the database, but for what is the person's
+		got, err := n.quick(ctx, fmt.Sprintf(`
+			Of = fun(R, Name) -> binary:match(term_to_binary(R), Name) =/= nomatch end,
+			lists:flatten(io_lib:format("~0p", [[T || T <- mnesia:system_info(tables) -- [schema],
+				R <- mnesia:dirty_match_object(T, mnesia:table_info(T, wild_pattern)), Of(R, %s), not Of(R, <<"platter-load-x1">>)]])).`,
+			binary(provision.LoadPrefix)))
+		if err != nil || got != "[]" {
+			t.Errorf("left on %s: %s, %v", n.name, got, err)
+		}
+	}
 	if n, err := one.removeLoadAccounts(ctx); err != nil || n != 0 {
 		t.Errorf("%d accounts removed once more, %v", n, err)
 	}

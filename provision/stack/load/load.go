@@ -33,7 +33,7 @@ type Options struct {
 	Accounts []provision.Account // the users, at least two
 	Every    time.Duration       // from one message of a user to the next; 10 s
 	For      time.Duration       // how long messages are sent; 1 min
-	Ramp     int                 // log-ins a second, and at most so many under way at once; 50
+	Ramp     int                 // log-ins a second, as long as the nodes keep up; 50
 }
 
 // Node is a member of the cluster.
@@ -48,6 +48,9 @@ const (
 	settle = 2 * time.Second
 	// grace is how long messages may be under way when the last one was sent.
 	grace = 10 * time.Second
+	// underWay is how many log-ins are under way at once: what is slow already is
+	// not asked for more, so that log-ins get done instead of all timing out.
+	underWay = 16
 	// tries is how often a user tries to log in at first.
 	tries = 3
 	// patience bounds one log-in.
@@ -83,7 +86,7 @@ type Progress struct {
 // who cannot log in and messages that do not arrive are in the report.
 func Run(ctx context.Context, o Options, progress func(Progress)) (Report, error) {
 	o.Every, o.For, o.Ramp = or(o.Every, 10*time.Second), or(o.For, time.Minute), or(o.Ramp, 50)
-	r := &run{Options: o, nonce: rand.Text(), start: time.Now(), underWay: make(chan struct{}, max(o.Ramp, 1)), begun: make(chan struct{})}
+	r := &run{Options: o, nonce: rand.Text(), start: time.Now(), slots: make(chan struct{}, underWay), begun: make(chan struct{})}
 	if err := r.check(); err != nil {
 		return Report{}, err
 	}
@@ -141,7 +144,7 @@ type run struct {
 	nonce    string // marks this run's messages; nobody could guess it
 	start    time.Time
 	users    []*user
-	underWay chan struct{} // log-ins
+	slots    chan struct{} // one for each log-in that is under way
 	begun    chan struct{} // closed when messages begin
 	begin    time.Duration // of messages, since start; read it after begun
 	loggedIn atomic.Int64  // users who are
@@ -371,7 +374,7 @@ func (u *user) login(ctx context.Context, tries int) *session.Session {
 			}
 		}
 		select {
-		case r.underWay <- struct{}{}:
+		case r.slots <- struct{}{}:
 		case <-ctx.Done():
 			return nil
 		}
@@ -380,7 +383,7 @@ func (u *user) login(ctx context.Context, tries int) *session.Session {
 		s, err := session.Open(bounded, session.Options{Domain: r.Domain, Roots: r.roots, Addr: u.where().Addr, Account: r.Accounts[u.i],
 			Priority: session.Present, Heard: u.hear})
 		cancel()
-		<-r.underWay
+		<-r.slots
 		if ctx.Err() != nil {
 			if err == nil {
 				s.Close()
