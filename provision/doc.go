@@ -6,7 +6,8 @@
 //     Plan that carries out everything one install does.
 //   - BootDecision says what a machine that asks to boot gets. DHCP, TFTP,
 //     iPXE scripts and UEFI HTTP boot all ask it and nobody else decides.
-//   - State.Apply folds journal events into where a node is.
+//   - State.Apply folds journal events into where a node is, Orders.Apply into
+//     what became of the orders that it was given.
 //   - JoinDecision says whether a node forms the cluster, joins it or waits.
 //
 // The package does no I/O, reads no clock and imports nothing of ours.

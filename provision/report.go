@@ -30,7 +30,7 @@ type Report struct {
 	PhaseN  int    `json:"phase_n,omitempty"`
 	PhaseOf int    `json:"phase_of,omitempty"`
 	// Done and Total count bytes of the current phase. A report that has a
-	// Total and no Log, Stage, Failure or Facts is pure progress.
+	// Total and no Log, Stage, Failure, Facts or end of an order is pure progress.
 	Done  int64 `json:"done,omitempty"`
 	Total int64 `json:"total,omitempty"`
 	// Log is one line for the node's log.
@@ -40,6 +40,8 @@ type Report struct {
 	// Facts are what the node found: kernel, disk, firmware, memory, timings
 	// (keys that end in _ms).
 	Facts map[string]string `json:"facts,omitempty"`
+	// Order is news of an order that the node has.
+	Order *OrderNews `json:"order,omitempty"`
 }
 
 // Facts of a member of the IM cluster: the names of its members, sorted and
@@ -50,8 +52,11 @@ const (
 )
 
 // IsProgress tells whether the report carries nothing worth keeping: a count
-// of bytes, which repeats its phase, or only a sign of life.
+// of bytes, which repeats its phase, how far an order is, or only a sign of life.
 func (r Report) IsProgress() bool {
+	if r.Order != nil && r.Order.State != "" {
+		return false
+	}
 	return r.Stage == "" && r.Log == "" && r.Failure == nil && len(r.Facts) == 0 && (r.Phase == "" || r.Total > 0)
 }
 

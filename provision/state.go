@@ -16,6 +16,10 @@ const (
 	EventEnrol    EventKind = "enrol"    // the node traded its token for an identity
 	EventReport   EventKind = "report"   // the node says something
 	EventProbe    EventKind = "probe"    // a message arrived: the node is ready
+
+	EventOrder         EventKind = "order"          // Order is given to the node
+	EventOrderAccept   EventKind = "order-accept"   // the node is handed Order
+	EventOrderWithdraw EventKind = "order-withdraw" // Order is taken back before that
 )
 
 // Event is one line of the journal: durable before it has effects.
@@ -29,6 +33,7 @@ type Event struct {
 	Action     Action    `json:"action,omitempty"`
 	Detail     string    `json:"detail,omitempty"`
 	Report     *Report   `json:"report,omitempty"`
+	Order      *Order    `json:"order,omitempty"`
 }
 
 // State is what the events of one node add up to.
@@ -74,8 +79,11 @@ func (s State) Accepts(generation int) bool {
 // Apply returns the state after e. Events come in journal order; a report of
 // a generation that Accepts refuses changes nothing but LastSeen.
 func (s State) Apply(e Event) State {
-	if !e.Time.IsZero() && e.Kind != EventGrant && e.Kind != EventWithdraw && e.Kind != EventApprove && e.Kind != EventProbe {
-		s.LastSeen = e.Time
+	switch e.Kind {
+	case EventBoot, EventEnrol, EventReport, EventOrderAccept: // the node spoke
+		if !e.Time.IsZero() {
+			s.LastSeen = e.Time
+		}
 	}
 	switch e.Kind {
 	case EventGrant:

@@ -59,7 +59,7 @@ func nodeCmd() *cobra.Command {
 	for _, sub := range []*cobra.Command{ls, show} {
 		tableOrJSON(sub, &output)
 	}
-	c.AddCommand(ls, show,
+	c.AddCommand(ls, show, ordersCmd(op), diagnoseCmd(op),
 		&cobra.Command{
 			Use: "log NAME", Short: "Print a node's journal: boots, grants, and what the node said", Args: cobra.ExactArgs(1),
 			RunE: func(c *cobra.Command, args []string) error {
@@ -176,11 +176,21 @@ func eventText(e provision.Event) string {
 		return fmt.Sprintf("grant: generation %d. %s", e.Generation, e.Detail)
 	case provision.EventBoot:
 		return fmt.Sprintf("boot request, answered with %s. %s", e.Action, e.Detail)
+	case provision.EventOrder:
+		return fmt.Sprintf("order %d given: %s", e.ID, e.Detail)
+	case provision.EventOrderAccept:
+		return e.Detail + " accepted"
+	case provision.EventOrderWithdraw:
+		return fmt.Sprintf("order %d withdrawn: %s", e.Order.ID, e.Detail)
 	case provision.EventReport:
 		r := e.Report
 		switch {
 		case r == nil:
 			return "report"
+		case r.Order != nil && r.Order.Failure != nil:
+			return fmt.Sprintf("order %d FAILED %s: %s", r.Order.ID, r.Order.Failure.Code, r.Order.Failure.Error())
+		case r.Order != nil:
+			return fmt.Sprintf("order %d %s", r.Order.ID, r.Order.State)
 		case r.Failure != nil:
 			return "FAILED " + r.Failure.Code + ": " + r.Failure.Error()
 		case r.Log != "":

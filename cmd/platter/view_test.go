@@ -84,6 +84,7 @@ func TestWatchUntilReady(t *testing.T) {
 func TestCommandsWithoutADiscHost(t *testing.T) {
 	for _, args := range [][]string{
 		{"node", "ls"}, {"node", "show", "node1"}, {"node", "reinstall", "node1"}, {"watch"}, {"stack", "status"}, {"stack", "probe"},
+		{"node", "orders"}, {"node", "orders", "show", "1"}, {"node", "orders", "withdraw", "1"}, {"node", "diagnose", "node1"},
 	} {
 		var out, errs bytes.Buffer
 		code := run(context.Background(), append(args, "--socket", t.TempDir()+"/none"), strings.NewReader(""), &out, &errs)

@@ -284,9 +284,9 @@ func (c *command) check(ctx context.Context) (int, error) {
 		return failed, err
 	}
 	if c.output == "json" {
-		return checked(results), writeJSON(c.Stdout, results)
+		return Code(results), writeJSON(c.Stdout, results)
 	}
-	return checked(results), writeCheck(c.Stdout, results)
+	return Code(results), WriteCheck(c.Stdout, results)
 }
 
 func (c *command) apply(ctx context.Context) (int, error) {
@@ -318,7 +318,7 @@ func (c *command) apply(ctx context.Context) (int, error) {
 	if err != nil && !errors.As(err, &f) {
 		return failed, err
 	}
-	return checked(results), writeApply(c.Stdout, results) // the table tells of the failures
+	return Code(results), writeApply(c.Stdout, results) // the table tells of the failures
 }
 
 // atBoot are the places whose former content only a reboot brings back.
@@ -402,8 +402,8 @@ func (c *command) guardUplink(ctx context.Context) (int, error) {
 	})
 }
 
-// checked is the exit code that results come to.
-func checked(results []hostprep.Result) int {
+// Code is the exit code that results come to.
+func Code(results []hostprep.Result) int {
 	code := clean
 	for _, r := range results {
 		switch r.Outcome {

@@ -1,11 +1,14 @@
 package hostcmd
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"platter/hostprep"
 )
@@ -31,7 +34,8 @@ type jsonFinding struct {
 	Person bool   `json:"person,omitempty"`
 }
 
-func writeJSON(w io.Writer, results []hostprep.Result) error {
+// Marshal is the results of checks as 'host check -o json' prints them.
+func Marshal(results []hostprep.Result) ([]byte, error) {
 	out := []jsonStep{}
 	for _, r := range results {
 		s := jsonStep{Step: r.Step, Outcome: r.Outcome, TookMS: r.Took.Milliseconds(), Findings: []jsonFinding{}, Next: r.Next}
@@ -43,9 +47,41 @@ func writeJSON(w io.Writer, results []hostprep.Result) error {
 		}
 		out = append(out, s)
 	}
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	return enc.Encode(out)
+	return json.Marshal(out)
+}
+
+// Unmarshal reads what Marshal wrote, maybe on another host.
+func Unmarshal(b []byte) ([]hostprep.Result, error) {
+	var in []jsonStep
+	if err := json.Unmarshal(b, &in); err != nil {
+		return nil, fmt.Errorf("results of checks: %w", err)
+	}
+	out := []hostprep.Result{}
+	for _, s := range in {
+		r := hostprep.Result{Step: s.Step, Outcome: s.Outcome, Took: time.Duration(s.TookMS) * time.Millisecond, Next: s.Next}
+		if s.Outcome == hostprep.Failed {
+			r.Reason = errors.New(s.Reason)
+		}
+		for _, f := range s.Findings {
+			r.Findings = append(r.Findings, hostprep.Finding(f))
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+func writeJSON(w io.Writer, results []hostprep.Result) error {
+	b, err := Marshal(results)
+	if err != nil {
+		return err
+	}
+	var out bytes.Buffer
+	if err := json.Indent(&out, b, "", "  "); err != nil {
+		return err
+	}
+	out.WriteByte('\n')
+	_, err = out.WriteTo(w)
+	return err
 }
 
 // table collects rows under a heading; it draws nothing without rows.
@@ -84,8 +120,8 @@ func (t *table) write(w io.Writer) error {
 	return err
 }
 
-// writeCheck lists what deviates.
-func writeCheck(w io.Writer, results []hostprep.Result) error {
+// WriteCheck lists what deviates, for people.
+func WriteCheck(w io.Writer, results []hostprep.Result) error {
 	t := table{head: "STEP\tWHAT\tIS\tSHOULD BE\tWHY\tSOURCE\t"}
 	deviate, looked, reboot := 0, 0, 0
 	for _, r := range results {

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -28,6 +29,7 @@ import (
 type Config struct {
 	PlanPath     string // default /etc/platter/plan.json
 	IdentityPath string // default /etc/platter/identity.json
+	OrdersPath   string // default /var/lib/platter/orders.json
 	Log          io.Writer
 	Notify       func(state string) // tells systemd, see sd_notify(3); default: does so
 	Watch        time.Duration      // between looks at the cluster; default 15 s
@@ -84,15 +86,17 @@ func Run(ctx context.Context, c Config) error {
 
 	facts := osFacts("/")
 	facts["os_up_ms"] = upAtStart
+	withHost := func(ctx context.Context, do func(*hostprep.Host) error) error {
+		sd, err := hostprep.DialSystemd(ctx)
+		if err != nil {
+			return err
+		}
+		defer sd.Close()
+		return do(&hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)})
+	}
 	host := func(steps func(*hostprep.Host) []hostprep.Step) func(context.Context, Reporter) error {
 		return func(ctx context.Context, rep Reporter) error {
-			sd, err := hostprep.DialSystemd(ctx)
-			if err != nil {
-				return err
-			}
-			defer sd.Close()
-			h := &hostprep.Host{Root: "/", Spec: plan.Host, Self: hostprep.NodeSelf, Systemd: sd, Reach: hostprep.ReachOf(plan)}
-			return prepare(ctx, h, steps(h), rep)
+			return withHost(ctx, func(h *hostprep.Host) error { return prepare(ctx, h, steps(h), rep) })
 		}
 	}
 	w := work{
@@ -102,7 +106,22 @@ func Run(ctx context.Context, c Config) error {
 		look:    func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
 		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
 	}
-	return c.live(ctx, w, facts, statusReporter{rep, c.Notify})
+	status := statusReporter{rep, c.Notify, func() {}}
+	if node != nil {
+		member, isMember := context.WithCancel(context.Background())
+		defer isMember()
+		status.member = isMember
+		kinds := map[provision.OrderKind]orderKind{
+			provision.OrderDiagnose: {do: diagnosing(withHost, w), within: 3 * time.Minute},
+		}
+		o := &orders{path: c.OrdersPath, kinds: kinds, next: node.NextOrder, rep: rep, log: c.Log, member: member, retry: c.Retry}
+		var running sync.WaitGroup
+		octx, stop := context.WithCancel(ctx)
+		running.Go(func() { o.run(octx) })
+		defer running.Wait()
+		defer stop()
+	}
+	return c.live(ctx, w, facts, status)
 }
 
 // prepare puts right what is safe to put right on the host. What waits for a
@@ -303,13 +322,18 @@ func osFacts(root string) map[string]string {
 	return facts
 }
 
-// statusReporter also tells systemd what the agent is about.
+// statusReporter also tells systemd what the agent is about, and the orders
+// when they may begin.
 type statusReporter struct {
 	*client.Reporter
 	notify func(string)
+	member func() // the node is past joining
 }
 
 func (s statusReporter) Stage(st provision.Stage) {
+	if st == provision.StageProbing {
+		s.member()
+	}
 	s.notify("STATUS=" + string(st))
 	s.Reporter.Stage(st)
 }
@@ -330,6 +354,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.IdentityPath == "" {
 		c.IdentityPath = "/etc/platter/identity.json"
+	}
+	if c.OrdersPath == "" {
+		c.OrdersPath = "/var/lib/platter/orders.json"
 	}
 	if c.Log == nil {
 		c.Log = os.Stdout

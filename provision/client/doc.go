@@ -14,6 +14,7 @@
 //	POST /node/v1/reports  []provision.Report
 //	GET  /node/v1/secrets  -> provision.StackSecrets
 //	GET  /node/v1/join     -> provision.Join
+//	GET  /node/v1/orders   -> NextOrder, waits for one up to OrderPoll
 //	GET  /node/v1/approval -> Approval (machines that are in no rack file)
 //
 // A batch of reports carries the header [BatchHeader]; the server takes each
@@ -23,7 +24,7 @@
 // # Operator API
 //
 // HTTP over a Unix socket ([NewOperator]); the GETs are also served, read-only,
-// where the web page is. Events come as text/event-stream (HTML standard,
+// where the web page is, but for those of orders. Events come as text/event-stream (HTML standard,
 // 9.2): events of the journal have its id, "event: state" carries a
 // provision.State that replaces what was known of that node.
 //

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -203,6 +204,16 @@ func (n *Node) Approval(ctx context.Context) (Approval, error) {
 	var a Approval
 	err := n.call(ctx, http.MethodGet, PathApproval, nil, nil, &a)
 	return a, err
+}
+
+// NextOrder asks what the node is to do next and waits for it up to OrderPoll;
+// the order is nil when there was none. An order counts as handed out once it
+// was in a reply: it comes again until the node has reported its end. member
+// tells whether the node is past provision.StageJoining.
+func (n *Node) NextOrder(ctx context.Context, member bool) (*provision.Order, error) {
+	var next NextOrder
+	err := n.call(ctx, http.MethodGet, PathOrders+"?member="+strconv.FormatBool(member), nil, nil, &next)
+	return next.Order, err
 }
 
 // Report sends reports, at most MaxBatch, in order and all or none. A caller

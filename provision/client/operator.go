@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"platter/provision"
 )
@@ -72,35 +73,79 @@ func (o *Operator) Approve(ctx context.Context, name string, mac provision.MAC) 
 // ProbeStack has the disc host probe the IM service on nodes, or on every node
 // of the rack where none is named, and yields each result as it comes.
 func (o *Operator) ProbeStack(ctx context.Context, nodes ...string) iter.Seq2[provision.ProbeResult, error] {
-	return func(yield func(provision.ProbeResult, error) bool) {
-		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://platter/v1/stack/probe?"+url.Values{"node": nodes}.Encode(), nil)
+	return stream[provision.ProbeResult](ctx, o, http.MethodPost, "/v1/stack/probe?"+url.Values{"node": nodes}.Encode(), "all probes were done")
+}
+
+// stream yields the lines of JSON that the disc host answers with, and an error
+// where it breaks off before what end names.
+func stream[T any](ctx context.Context, o *Operator, method, path, end string) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var none T
+		req, err := http.NewRequestWithContext(ctx, method, "http://platter"+path, nil)
 		if err != nil {
-			yield(provision.ProbeResult{}, err)
+			yield(none, err)
 			return
 		}
 		resp, err := o.http.Do(req)
 		if err != nil {
-			yield(provision.ProbeResult{}, o.explain(err))
+			yield(none, o.explain(err))
 			return
 		}
 		defer resp.Body.Close()
 		if resp.StatusCode != http.StatusOK {
-			yield(provision.ProbeResult{}, readError(resp))
+			yield(none, readError(resp))
 			return
 		}
 		for in := json.NewDecoder(resp.Body); ; {
-			var r provision.ProbeResult
-			switch err := in.Decode(&r); {
+			var v T
+			switch err := in.Decode(&v); {
 			case err == io.EOF:
 				return
 			case err != nil:
-				yield(provision.ProbeResult{}, fmt.Errorf("the disc host broke off before all probes were done: %w", err))
+				yield(none, fmt.Errorf("the disc host broke off before %s: %w", end, err))
 				return
-			case !yield(r, nil):
+			case !yield(v, nil):
 				return
 			}
 		}
 	}
+}
+
+// Orders returns the orders of the node, or of every node of the rack where
+// name is empty, oldest first, without their args and results.
+func (o *Operator) Orders(ctx context.Context, name string) ([]provision.OrderStatus, error) {
+	var out []provision.OrderStatus
+	err := o.call(ctx, http.MethodGet, "/v1/orders?"+url.Values{"node": {name}}.Encode(), nil, &out)
+	return out, err
+}
+
+// Order gives a node an order, which the node has to ask for within that time;
+// 0: a day. args are marshalled to JSON unless nil.
+func (o *Operator) Order(ctx context.Context, node string, kind provision.OrderKind, args any, within time.Duration) (provision.OrderStatus, error) {
+	var out provision.OrderStatus
+	req := OrderRequest{Node: node, Kind: kind, Within: int64((within + time.Second - 1) / time.Second)}
+	if args != nil {
+		b, err := json.Marshal(args)
+		if err != nil {
+			return out, fmt.Errorf("order %s for %s: %w", kind, node, err)
+		}
+		req.Args = b
+	}
+	err := o.call(ctx, http.MethodPost, "/v1/orders", req, &out)
+	return out, err
+}
+
+// WithdrawOrder takes an order back that no node has asked for yet.
+func (o *Operator) WithdrawOrder(ctx context.Context, id int64) (provision.OrderStatus, error) {
+	var out provision.OrderStatus
+	err := o.call(ctx, http.MethodPost, fmt.Sprintf("/v1/orders/%d/withdraw", id), nil, &out)
+	return out, err
+}
+
+// FollowOrder yields the order as it is and then whenever it changes. The last
+// one is final and has args and result. An error ends it; the order goes on.
+func (o *Operator) FollowOrder(ctx context.Context, id int64) iter.Seq2[provision.OrderStatus, error] {
+	return stream[provision.OrderStatus](ctx, o, http.MethodGet, fmt.Sprintf("/v1/orders/%d", id), "the order had ended")
 }
 
 func (o *Operator) change(ctx context.Context, name, what string, in any) (provision.State, error) {

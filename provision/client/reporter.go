@@ -29,7 +29,8 @@ const (
 // and for ever: a caller never waits and never handles an error. It may be
 // used before the node is enrolled. Memory is bounded: while the disc host is
 // away, progress overwrites itself and, at the limit, old log lines are
-// dropped with a line that says so; stages, facts and failures stay.
+// dropped with a line that says so; stages, facts, failures and the ends of
+// orders stay.
 type Reporter struct {
 	echo   io.Writer
 	stream string // names this Reporter's batches
@@ -107,6 +108,8 @@ func (r *Reporter) Progress(done, total int64) {
 	p.Time, p.Done, p.Total = r.now(), done, total
 	if r.progress == nil {
 		r.signal()
+	} else {
+		p.Order = r.progress.Order
 	}
 	r.progress = &p
 }
@@ -131,6 +134,22 @@ func (r *Reporter) Facts(facts map[string]string) {
 		copied[k] = v
 	}
 	r.add(provision.Report{Facts: copied}, false)
+}
+
+// Order says how far an order is, or how it ended. Of progress the newest is
+// sent, at most twice a second.
+func (r *Reporter) Order(n provision.OrderNews) {
+	if n.State != "" {
+		r.add(provision.Report{Order: &n}, false)
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.progress == nil {
+		r.progress = &provision.Report{Time: r.now()}
+		r.signal()
+	}
+	r.progress.Order = &n
 }
 
 // Fail says that the node stopped, why and what to do.
@@ -190,7 +209,11 @@ func (r *Reporter) add(rep provision.Report, step bool) {
 	rep.Time = r.now()
 	if step {
 		r.phase = provision.Report{Phase: rep.Phase, PhaseN: rep.PhaseN, PhaseOf: rep.PhaseOf}
-		r.progress = nil
+		if r.progress != nil && r.progress.Order != nil {
+			r.progress = &provision.Report{Time: rep.Time, Order: r.progress.Order}
+		} else {
+			r.progress = nil
+		}
 	}
 	r.queue = append(r.queue, rep)
 	r.size += weight(rep)
@@ -216,7 +239,7 @@ func (r *Reporter) shrink() {
 }
 
 func isLine(rep provision.Report) bool {
-	return rep.Stage == "" && rep.Phase == "" && rep.Failure == nil && len(rep.Facts) == 0
+	return rep.Stage == "" && rep.Phase == "" && rep.Failure == nil && len(rep.Facts) == 0 && rep.Order == nil
 }
 
 // weight estimates the bytes of rep as JSON, from above for ordinary text.
@@ -227,6 +250,12 @@ func weight(rep provision.Report) int {
 	}
 	if rep.Failure != nil {
 		n += 2 * (len(rep.Failure.Message) + len(rep.Failure.Next))
+	}
+	if o := rep.Order; o != nil {
+		n += len(o.Result) + 2*len(o.Line)
+		if o.Failure != nil {
+			n += 2 * (len(o.Failure.Message) + len(o.Failure.Next))
+		}
 	}
 	return n
 }

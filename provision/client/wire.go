@@ -25,12 +25,13 @@ const (
 	PathSecrets  = "/node/v1/secrets"
 	PathJoin     = "/node/v1/join"
 	PathApproval = "/node/v1/approval"
+	PathOrders   = "/node/v1/orders"
 )
 
 // Limits of one batch of reports, kept by the client and enforced by the server.
 const (
 	MaxBatch     = 256     // reports
-	MaxBatchSize = 1 << 20 // bytes of JSON
+	MaxBatchSize = 2 << 20 // bytes of JSON; one order's result fits with what else is said
 	MaxLogLine   = 4 << 10 // bytes of one line; longer ones are cut
 )
 
@@ -64,6 +65,24 @@ type ApproveRequest struct {
 	MAC provision.MAC `json:"mac"`
 }
 
+// NextOrder answers a node that asked for what it is to do.
+type NextOrder struct {
+	Order *provision.Order `json:"order,omitempty"` // nil: nothing for now
+}
+
+// OrderPoll is for how long the disc host lets a node wait for an order; below
+// the limit on silence.
+const OrderPoll = 25 * time.Second
+
+// OrderRequest gives a node an order.
+type OrderRequest struct {
+	Node string              `json:"node"`
+	Kind provision.OrderKind `json:"kind"`
+	Args json.RawMessage     `json:"args,omitempty"`
+	// Within is how long the node has to ask for it, in seconds; 0: a day.
+	Within int64 `json:"within,omitempty"`
+}
+
 // Codes of an Error that programs tell apart.
 const (
 	CodeTokenUsed    = "token-used"    // a second machine, or a second key, shows a spent token
@@ -79,6 +98,9 @@ const (
 	CodeGrantClosed  = "grant-closed"  // there is no install to withdraw
 	CodeProbing      = "probing"       // another operator's probes run
 	CodeConflict     = "conflict"      // the MAC or the node is taken
+	CodeUnknownOrder = "unknown-order" // no order has that id, or it was forgotten
+	CodeOrderTaken   = "order-taken"   // the node has it already, or it has ended
+	CodeNoOrders     = "no-orders"     // the node takes none now
 	CodeInternal     = "internal"      // the disc host failed; its log says why
 	CodeWrongServer  = "wrong-server"  // what answers is not this site's disc host
 	CodeNotRunning   = "not-running"   // no disc host answers on the socket

@@ -37,10 +37,10 @@ func (c cleaner) report(r provision.Report) provision.Report {
 		r.Done, r.Total = 0, 0
 	}
 	if r.Failure != nil {
-		f := *r.Failure
-		f.Code, f.Message, f.Next = text(f.Code, 64), text(f.Message, client.MaxLogLine), text(f.Next, client.MaxLogLine)
+		f := c.failure(*r.Failure)
 		r.Failure = &f
 	}
+	r.Order = c.news(r.Order)
 	if len(r.Facts) > 0 {
 		facts := make(map[string]string, len(r.Facts))
 		for k, v := range r.Facts {
@@ -54,6 +54,11 @@ func (c cleaner) report(r provision.Report) provision.Report {
 		r.Facts = facts
 	}
 	return r
+}
+
+func (c cleaner) failure(f provision.Failure) provision.Failure {
+	f.Code, f.Message, f.Next = text(f.Code, 64), text(f.Message, client.MaxLogLine), text(f.Next, client.MaxLogLine)
+	return f
 }
 
 // text returns s as one line of printable characters and at most limit bytes.

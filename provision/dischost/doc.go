@@ -8,6 +8,7 @@
 //   - Operators: OperatorAPI, on a socket that only root can reach. ReadOnly
 //     serves the same answers and the page to anyone, and changes nothing.
 //   - Run declares nodes ready, when a message has really passed.
+//   - Order has a node do something, Await tells how it ended.
 //
 // The wire forms are those of provision/client.
 package dischost

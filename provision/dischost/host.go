@@ -11,6 +11,7 @@ import (
 
 	"platter/images"
 	"platter/provision"
+	"platter/provision/client"
 	"platter/provision/site"
 	"platter/provision/stack/probe"
 	"platter/provision/store"
@@ -65,6 +66,7 @@ type Host struct {
 	// heartbeat is how long an event stream may be silent; well below the
 	// client's limit.
 	heartbeat time.Duration
+	poll      time.Duration // how long a node waits for an order
 }
 
 type boot struct {
@@ -81,7 +83,7 @@ type budget struct {
 // New makes a Host. Serve NodeAPI, OperatorAPI and ReadOnly, give the Host to
 // pxe, and Run it.
 func New(c Config) *Host {
-	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second}
+	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll}
 }
 
 var _ pxe.Backend = (*Host)(nil)

@@ -25,6 +25,7 @@ func (h *Host) NodeAPI() http.Handler {
 	mux.Handle("GET "+client.PathPlan, h.node(h.plan))
 	mux.Handle("GET "+client.PathSecrets, h.node(h.secrets))
 	mux.Handle("GET "+client.PathJoin, h.node(h.join))
+	mux.Handle("GET "+client.PathOrders, h.node(h.nextOrder))
 	mux.Handle("/", answer(notFound))
 	return h.logged(mux)
 }
@@ -190,6 +191,9 @@ func (h *Host) reports(w http.ResponseWriter, r *http.Request, peer site.Peer, s
 	events := make([]provision.Event, 0, len(reports))
 	kept := 0
 	for _, rep := range reports {
+		if peer.Inventory {
+			rep.Order = nil // it was given none
+		}
 		if err := stageOf(peer, rep.Stage); err != nil {
 			return nil, err
 		}

@@ -81,7 +81,7 @@ func whyAlone(s provision.State, others []provision.State) string {
 
 // Run declares nodes ready until ctx ends: as soon as two of them are members
 // of the cluster it sends a message each way, and again and again until one
-// arrives.
+// arrives. It also withdraws orders that no node asked for in time.
 func (h *Host) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
@@ -139,6 +139,7 @@ func (h *Host) Run(ctx context.Context) error {
 				})
 			}
 		}
+		h.withdrawOverdue(ctx)
 		states := h.rackStates()
 		pairs, waits := pairsFor(states, busy, later, tries)
 		for _, s := range states {

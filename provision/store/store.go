@@ -21,7 +21,7 @@ import (
 )
 
 // version is the schema that this program writes; PRAGMA user_version has it.
-const version = 1
+const version = 2
 
 const schema = `
 CREATE TABLE events (
@@ -57,6 +57,17 @@ CREATE TABLE batches (                       -- reports that were taken
 	time   INTEGER NOT NULL,                 -- Unix seconds
 	PRIMARY KEY (node, stream)
 ) STRICT, WITHOUT ROWID;
+` + schema2
+
+// schema2 is what version 2 added.
+const schema2 = `
+CREATE TABLE orders (                        -- what the events of an order leave out
+	id     INTEGER PRIMARY KEY,              -- of the event that gave it
+	node   TEXT NOT NULL,
+	args   TEXT NOT NULL,                    -- JSON, or empty
+	result TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX orders_of_node ON orders (node, id);
 `
 
 // Store is the open journal. Its methods may be called at once from several
@@ -77,6 +88,9 @@ type Store struct {
 	owner  map[provision.MAC]string // approvals
 	rack   *provision.Rack
 	subs   map[*Subscription]struct{}
+	orders map[string]provision.Orders
+	// ordered is closed and replaced when orders changes.
+	ordered chan struct{}
 }
 
 // Open opens the journal at path, makes it and its directory at the first
@@ -93,6 +107,7 @@ func Open(path string, now func() time.Time) (*Store, error) {
 	s := &Store{
 		lock: lock, now: now, states: map[string]provision.State{}, owner: map[provision.MAC]string{},
 		rack: &provision.Rack{}, subs: map[*Subscription]struct{}{},
+		orders: map[string]provision.Orders{}, ordered: make(chan struct{}),
 	}
 	if err := s.open(path); err != nil {
 		s.Close()
@@ -181,16 +196,21 @@ func (s *Store) migrate() error {
 	if err := tx.QueryRow(`PRAGMA user_version`).Scan(&have); err != nil {
 		return err
 	}
+	add := ""
 	switch have {
 	case version:
 		return nil
 	case 0:
-		if _, err := tx.Exec(schema + fmt.Sprintf(`PRAGMA user_version = %d;`, version)); err != nil {
-			return err
-		}
-		return tx.Commit()
+		add = schema
+	case 1:
+		add = schema2
+	default:
+		return fmt.Errorf("its schema is version %d, this program knows %d: use the program that wrote it, or a newer one", have, version)
 	}
-	return fmt.Errorf("its schema is version %d, this program knows %d: use the program that wrote it, or a newer one", have, version)
+	if _, err := tx.Exec(add + fmt.Sprintf(`PRAGMA user_version = %d;`, version)); err != nil {
+		return err
+	}
+	return tx.Commit()
 }
 
 // Close ends the use of the journal. Subscriptions end with an error.
@@ -421,7 +441,7 @@ func (s *Store) write(also func(*sql.Tx) error, events []provision.Event) error 
 		if !keeps(e) {
 			continue
 		}
-		b, err := json.Marshal(e)
+		b, err := json.Marshal(withoutBody(e))
 		if err != nil {
 			return err
 		}
@@ -430,6 +450,9 @@ func (s *Store) write(also func(*sql.Tx) error, events []provision.Event) error 
 			return err
 		}
 		if events[i].ID, err = r.LastInsertId(); err != nil {
+			return err
+		}
+		if err := writeBody(tx, events[i]); err != nil {
 			return err
 		}
 		// What a token was good for changes with the grant.
@@ -481,6 +504,11 @@ func (s *Store) fold(e provision.Event) {
 		s.touch(string(e.MAC))
 	}
 	s.states[e.Node] = st.Apply(e)
+	if orders, changed := s.orders[e.Node].Apply(e); changed {
+		s.orders[e.Node] = orders
+		close(s.ordered)
+		s.ordered = make(chan struct{})
+	}
 }
 
 // Events returns events with an id above after, oldest first, at most limit

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -494,8 +495,11 @@ func TestMain(m *testing.M) {
 			err = s.SetRack(context.Background(), testRack())
 		}
 		for i := 0; err == nil; i++ {
-			err = s.Append(context.Background(), report("node1", 1, provision.Report{Log: fmt.Sprint("a", i)}),
-				report("node2", 1, provision.Report{Log: fmt.Sprint("b", i)}))
+			given := []provision.Event{report("node1", 1, provision.Report{Log: fmt.Sprint("a", i)}),
+				report("node2", 1, provision.Report{Log: fmt.Sprint("b", i)}), orderOf("node3", "a", fmt.Sprint(i))}
+			if err = s.Append(context.Background(), given...); err == nil {
+				err = s.Append(context.Background(), ended("node3", given[2].ID, "1"))
+			}
 			fmt.Println(i) // acknowledged
 		}
 		fmt.Fprintln(os.Stderr, err)
@@ -539,6 +543,13 @@ func TestKilled(t *testing.T) {
 		}
 		if st, _ := s.Node("node1"); st.LastLog != a[len(a)-1].Report.Log {
 			t.Fatal(st.LastLog)
+		}
+		orders, _ := s.Orders("node3")
+		var newest int
+		args, _, err := s.OrderBody(t.Context(), orders[len(orders)-1].ID)
+		must(t, err)
+		if must(t, json.Unmarshal(args, &newest)); fmt.Sprint("a", newest) != a[len(a)-1].Report.Log {
+			t.Fatalf("the newest order is %d, the newest line %s", newest, a[len(a)-1].Report.Log)
 		}
 		must(t, s.Close())
 	}

@@ -274,6 +274,7 @@ function lines(e) {
   if (r.stage) out.push([`Stage: ${r.stage}`, 'mark']);
   if (r.phase && !r.log && !r.total) out.push([`${r.phase}${r.phase_of ? ` (${r.phase_n} of ${r.phase_of})` : ''}`, '']);
   if (r.log) out.push([r.log, '']);
+  if (r.order?.state) out.push([`order ${r.order.id} ${r.order.state}${r.order.failure ? `: ${r.order.failure.message}. ${r.order.failure.next}` : ''}`, r.order.failure ? 'bad' : '']);
   if (r.failure) out.push([`Failed: ${r.failure.message}. ${r.failure.next} (${r.failure.code})`, 'bad']);
   return out;
 }
