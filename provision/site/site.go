@@ -390,8 +390,11 @@ func (s *Site) StackSecrets(p provision.Plan) (provision.StackSecrets, error) {
 	if err != nil {
 		return provision.StackSecrets{}, fmt.Errorf("stack certificate of node %s: %w", p.Node, err)
 	}
-	named := map[string]string{}
+	var named map[string]string // nil without any, as it is when read back
 	for _, sec := range p.NamedSecrets() {
+		if named == nil {
+			named = map[string]string{}
+		}
 		named[sec.Name] = s.named(sec)
 	}
 	return provision.StackSecrets{
