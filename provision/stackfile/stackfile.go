@@ -68,7 +68,7 @@ func read(fsys fs.FS, dir string) (*provision.Stack, error) {
 		return nil, fmt.Errorf("cannot read the stack file in %s: %w", dir, err)
 	}
 	p := parser{fsys: fsys, dir: dir, file: yamlfile.Parse(filepath.Join(dir, FileName), data),
-		secrets: map[string]*declared{}, lines: map[string]int{}, owners: map[string]string{}, versions: map[string]string{}}
+		secrets: map[string]*declared{}, lines: map[string]int{}, owners: map[string]string{"port 22": "the host's ssh server"}, versions: map[string]string{}}
 	s := p.stack(p.file.Root())
 	if err := p.file.Err(); err != nil {
 		return nil, err

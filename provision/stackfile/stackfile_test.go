@@ -250,6 +250,7 @@ func TestTrial(t *testing.T) {
 		`{{.Port "db" "sql"}}{{if .Has "mq"}}{{.Members "io"}}{{end}}`: "",
 		"\n{{range .Members \"mq\"}}{{end}}":                           `a.conf:2:9: at <.Members>: there is no component "mq"`,    // it is optional
 		`{{if .Has "io"}}{{.Members "mq"}}{{end}}`:                     `there is no component "mq"`,                               // io alone
+		`{{if not (.Has "io")}}{{.Members "mq"}}{{end}}`:               `there is no component "mq"`,                               // none
 		`{{(index (.Members "db") 1).Name}}`:                           "index out of range",                                       // a rack of one node
 		"{{if eq .Node \"node3\"}}\n{{.Port \"db\" \"x\"}}{{end}}":     `a.conf:2:3: at <.Port>: the component db has no port "x"`, // there is no db on it
 		`{{.Secret "x"}}`:  `the secret "x" is not among those`,
@@ -323,6 +324,9 @@ func TestImages(t *testing.T) {
 		"another image": {func(a *archive) {
 			a.files["index.json"] = bytes.Replace(a.files["index.json"], []byte(a.manifest), []byte(a.config), 1)
 		}, func(a *archive) string { return "does not hold " + a.manifest + ", but " + a.config }},
+		"a blob of another size": {func(a *archive) {
+			a.files["index.json"] = bytes.Replace(a.files["index.json"], []byte(`"size":`), []byte(`"size":1`), 1)
+		}, func(a *archive) string { return "is corrupt: blob " + a.manifest + " has " }},
 		"no index":    {func(a *archive) { a.names = a.names[:4] }, func(*archive) string { return "is no OCI archive: it has no index.json" }},
 		"two indexes": {func(a *archive) { a.names = append(a.names, "./index.json"); a.files["./index.json"] = []byte("{}") }, func(*archive) string { return "or several" }},
 		"no JSON":     {func(a *archive) { a.files["index.json"] = []byte("[") }, func(*archive) string { return "its index.json cannot be read" }},
