@@ -63,6 +63,11 @@ func (u *Unit) Restart(ctx context.Context) error {
 	return u.job(ctx, "restart", u.s.conn.RestartUnitContext)
 }
 
+// Stop waits until nothing of the unit runs any more.
+func (u *Unit) Stop(ctx context.Context) error {
+	return u.job(ctx, "stop", u.s.conn.StopUnitContext)
+}
+
 func (u *Unit) job(ctx context.Context, verb string, call func(context.Context, string, string, chan<- string) (int, error)) error {
 	done := make(chan string, 1)
 	if _, err := call(ctx, u.name, "replace", done); err != nil {

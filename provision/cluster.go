@@ -15,7 +15,10 @@ const SilentAfter = time.Minute
 type Cluster struct {
 	Whole   bool     `json:"whole"`
 	Members []Member `json:"members"` // the nodes of the rack, in its order
-	Wrong   []string `json:"wrong"`   // why it is not whole, a sentence each
+	// Split names the sides of a cluster that is split: members that run, but do
+	// not see those of the other sides run.
+	Split [][]string `json:"split,omitempty"`
+	Wrong []string   `json:"wrong"` // why it is not whole, a sentence each
 }
 
 // Member is what one node sees of the cluster. A node that is no member, or
@@ -88,7 +91,21 @@ func ClusterOf(states []State, now time.Time) Cluster {
 		}
 		c.Members = append(c.Members, m)
 	}
+	apart := map[string]bool{}
+	if c.Split = sides(c.Members); c.Split != nil {
+		var text []string
+		for _, side := range c.Split {
+			text = append(text, strings.Join(side, ", "))
+			for _, name := range side {
+				apart[name] = true
+			}
+		}
+		wrong("the cluster is split: %s run apart from each other. Look at the network between them; once they reach each other the cluster is whole again by itself within minutes", strings.Join(text, " / "))
+	}
 	for _, name := range slices.Concat(rack, others(missed, rack)) {
+		if apart[name] {
+			continue // said above
+		}
 		by := strings.Join(missed[name], ", ")
 		switch t := first[name]; {
 		case by == "":
@@ -107,6 +124,32 @@ func ClusterOf(states []State, now time.Time) Cluster {
 	}
 	c.Whole = len(c.Wrong) == 0 && len(c.Members) > 0
 	return c
+}
+
+// sides are the members by whom they see run, if any two that run are known to
+// miss each other.
+func sides(members []Member) [][]string {
+	seen := map[string]Member{}
+	for _, m := range members {
+		seen[m.Node] = m
+	}
+	misses := func(m, o Member) bool {
+		return slices.Contains(m.Sees, m.Node) && slices.ContainsFunc(m.Misses, func(x Missing) bool { return x.Node == o.Node && !x.Since.IsZero() })
+	}
+	var out [][]string
+	for _, m := range members {
+		split := slices.ContainsFunc(members, func(o Member) bool { return misses(m, o) && misses(o, m) })
+		if !split {
+			continue
+		}
+		mine := slices.IndexFunc(out, func(side []string) bool { return slices.Equal(seen[side[0]].Sees, m.Sees) })
+		if mine < 0 {
+			out = append(out, []string{m.Node})
+		} else {
+			out[mine] = append(out[mine], m.Node)
+		}
+	}
+	return out
 }
 
 // others are the keys of m that are not in rack, sorted.

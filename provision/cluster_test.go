@@ -48,6 +48,26 @@ func TestClusterOf(t *testing.T) {
 		"two clusters": {func(s []State) {
 			sees(&s[0], "node1", "", now)
 		}, []string{"node2 is not in the cluster that node1 sees", "node3 is not in the cluster that node1 sees"}},
+		"split": {func(s []State) {
+			sees(&s[0], "node1,node2", "node3", now.Add(-2*time.Minute))
+			sees(&s[1], "node1,node2", "node3", now.Add(-2*time.Minute))
+			sees(&s[2], "node3", "node1,node2", now.Add(-time.Minute))
+		}, []string{"the cluster is split: |node1, node2 / node3 run apart"}},
+		"split in three": {func(s []State) {
+			sees(&s[0], "node1", "node2,node3", now.Add(-2*time.Minute))
+			sees(&s[1], "node2", "node1,node3", now.Add(-2*time.Minute))
+			sees(&s[2], "node3", "node1,node2", now.Add(-time.Minute))
+		}, []string{"the cluster is split: |node1 / node2 / node3 run apart"}},
+		"split, and another is off": {func(s []State) {
+			sees(&s[0], "node1", "node2,node3", now.Add(-4*time.Minute))
+			s[1].LastSeen = now.Add(-5 * time.Minute)
+			sees(&s[2], "node3", "node1,node2", now.Add(-time.Minute))
+		}, []string{"node2 has said nothing", "the cluster is split: ", "node2 does not run since|4m0s ago|node1, node3"}},
+		"its ejabberd does not answer": {func(s []State) {
+			sees(&s[0], "node1,node2", "node3", now.Add(-2*time.Minute))
+			sees(&s[1], "node1,node2", "node3", now.Add(-2*time.Minute))
+			sees(&s[2], "", "", now.Add(-time.Minute))
+		}, []string{"node1 is not in the cluster that node3 sees", "node2 is not in the cluster that node3 sees", "node3 does not run since|2m0s ago"}},
 		"failed": {func(s []State) {
 			s[0].Stage, s[0].Failure = StageFailed, &Failure{Code: "stack-stopped", Message: "ejabberd is gone", Next: "Look"}
 		}, []string{"node1 has failed: ejabberd is gone. Look"}},

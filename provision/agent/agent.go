@@ -50,7 +50,8 @@ type work struct {
 	bring   func(ctx context.Context, rep Reporter) error
 	guests  func(ctx context.Context, rep Reporter) error
 	look    func(ctx context.Context) (stack.Cluster, error)
-	alarms  func() []string // of the host, each beginning with its name and a colon
+	tend    func(ctx context.Context, rep Reporter) (stack.Cluster, error) // looks, and heals a split
+	alarms  func() []string                                                // of the host, each beginning with its name and a colon
 }
 
 // Run is the agent's whole life; it returns when ctx ends or when the host was
@@ -99,11 +100,13 @@ func Run(ctx context.Context, c Config) error {
 			return withHost(ctx, func(h *hostprep.Host) error { return prepare(ctx, h, steps(h), rep) })
 		}
 	}
+	watcher := stack.NewWatcher(plan)
 	w := work{
 		prepare: host((*hostprep.Host).HostSteps),
 		guests:  host((*hostprep.Host).GuestSteps),
 		bring:   func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
 		look:    func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
+		tend:    func(ctx context.Context, rep Reporter) (stack.Cluster, error) { return watcher.Tend(ctx, rep) },
 		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
 	}
 	status := statusReporter{rep, c.Notify, func() {}}
@@ -192,14 +195,15 @@ func (c Config) stages(ctx context.Context, w work, rep Reporter) error {
 }
 
 // watch looks at the cluster now and then, says what changes, and gives a sign
-// of life. A local member that stays away is a failure; systemd restarts it.
+// of life. A local member that stays away is a failure; systemd restarts it. A
+// member that was silent for long, or apart, has to show again that it works.
 func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
 	const enough = 4 // looks in a row before a silent member is a failure
-	said, silent := "", 0
+	said, silent, apart := "", 0, false
 	alarmed := ""
 	for {
 		alarmed = sayAlarms(rep, w.alarms(), alarmed)
-		cl, err := w.look(ctx)
+		cl, err := w.tend(ctx, rep)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -218,11 +222,11 @@ func (c Config) watch(ctx context.Context, w work, rep Reporter) error {
 			}
 		}
 		switch {
-		case err == nil && silent >= enough:
-			rep.Stage(provision.StageProbing) // the disc host decides when it is ready again
-			silent = 0
 		case err == nil:
-			silent = 0
+			if silent >= enough || apart && len(cl.Apart) == 0 {
+				rep.Stage(provision.StageProbing) // the disc host decides when it is ready again
+			}
+			silent, apart = 0, len(cl.Apart) > 0
 		case silent == enough:
 			rep.Fail(&provision.Failure{Code: "stack-stopped", Message: now, Next: "Look at 'journalctl -u ejabberd' on the node; systemd and the agent keep trying"})
 		}
@@ -292,6 +296,9 @@ func describe(c stack.Cluster) string {
 	s := "running: " + strings.Join(c.Running, ", ")
 	if len(c.Down) > 0 {
 		s += "; not running: " + strings.Join(c.Down, ", ")
+	}
+	if len(c.Apart) > 0 {
+		s += "; split: " + strings.Join(c.Apart, ", ") + " run and answer, but in a cluster of their own"
 	}
 	return s
 }

@@ -91,14 +91,14 @@ func live(t *testing.T, w work, h *heard) (end func()) {
 	}
 }
 
-func both(context.Context) (stack.Cluster, error) {
+func both(context.Context, Reporter) (stack.Cluster, error) {
 	return stack.Cluster{Running: []string{"a", "b"}}, nil
 }
 
 func TestStages(t *testing.T) {
 	fine := func(context.Context, Reporter) error { return nil }
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: both, alarms: calm, guests: fine}, h)
+	end := live(t, work{prepare: fine, bring: fine, tend: both, alarms: calm, guests: fine}, h)
 	lines := h.wait(t, "alive", 3)
 	end()
 	if got := strings.Join(lines[:4], ", "); got != "stage preparing, stage joining, stage probing, alive" {
@@ -115,7 +115,7 @@ func TestStages(t *testing.T) {
 func TestRetry(t *testing.T) {
 	h := newHeard()
 	prepares, brings := 0, 0
-	w := work{look: both, alarms: calm, guests: func(context.Context, Reporter) error { return errors.New("a VM is off") },
+	w := work{tend: both, alarms: calm, guests: func(context.Context, Reporter) error { return errors.New("a VM is off") },
 		prepare: func(context.Context, Reporter) error {
 			if prepares++; prepares == 1 {
 				return &provision.Failure{Code: "host-check"}
@@ -145,9 +145,9 @@ func TestWatch(t *testing.T) {
 	var mu sync.Mutex
 	cl, err := stack.Cluster{Running: []string{"a", "b"}}, error(nil)
 	set := func(c stack.Cluster, e error) { mu.Lock(); cl, err = c, e; mu.Unlock() }
-	look := func(context.Context) (stack.Cluster, error) { mu.Lock(); defer mu.Unlock(); return cl, err }
+	look := func(context.Context, Reporter) (stack.Cluster, error) { mu.Lock(); defer mu.Unlock(); return cl, err }
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, look: look, alarms: calm, guests: fine}, h)
+	end := live(t, work{prepare: fine, bring: fine, tend: look, alarms: calm, guests: fine}, h)
 	defer end()
 	h.wait(t, "alive", 2)
 	set(stack.Cluster{Running: []string{"a"}, Down: []string{"b"}}, nil)
@@ -171,6 +171,47 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// TestSplit: a split is said while it is; what the look does about it is heard;
+// and afterwards messages have to pass again.
+func TestSplit(t *testing.T) {
+	fine := func(context.Context, Reporter) error { return nil }
+	whole := stack.Cluster{Running: []string{"a", "b", "c"}}
+	away := stack.Cluster{Running: []string{"c"}, Down: []string{"a", "b"}}
+	split := away
+	split.Apart = away.Down
+	looks := []stack.Cluster{whole, away, away, split, split, whole, whole}
+	n := 0
+	h := newHeard()
+	end := live(t, work{prepare: fine, bring: fine, guests: fine, alarms: calm,
+		tend: func(_ context.Context, rep Reporter) (stack.Cluster, error) {
+			n++
+			if n == 6 {
+				rep.Logf("split healed")
+			}
+			return looks[min(n, len(looks))-1], nil
+		}}, h)
+	h.wait(t, "alive", len(looks)+1)
+	end()
+	var got []string
+	for _, l := range h.lines {
+		if l != "alive" {
+			got = append(got, l)
+		}
+	}
+	want := []string{"stage preparing", "stage joining", "stage probing",
+		"log cluster: running: c; not running: a, b",
+		"log cluster: running: c; not running: a, b; split: a, b run and answer, but in a cluster of their own",
+		"log split healed",
+		"log cluster: running: a, b, c",
+		"stage probing"}
+	if !slices.Equal(got, want) {
+		t.Errorf("said %q\nwant %q", got, want)
+	}
+	if h.facts[provision.FactRunning] != "a,b,c" || h.facts[provision.FactDown] != "" {
+		t.Errorf("facts %v", h.facts)
+	}
+}
+
 func calm() []string { return nil }
 
 // TestAlarms: an alarm is said when it begins and when it is over, however its
@@ -179,7 +220,7 @@ func TestAlarms(t *testing.T) {
 	fine := func(context.Context, Reporter) error { return nil }
 	looks := 0
 	h := newHeard()
-	end := live(t, work{prepare: fine, bring: fine, guests: fine, look: both, alarms: func() []string {
+	end := live(t, work{prepare: fine, bring: fine, guests: fine, tend: both, alarms: func() []string {
 		looks++
 		switch {
 		case looks < 3 || looks > 6:

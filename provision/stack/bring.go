@@ -31,6 +31,9 @@ type Progress interface {
 type Cluster struct {
 	Running []string
 	Down    []string // members that do not run or cannot be reached
+	// Apart are those of Down that run, answer, and have a database of their
+	// own: the cluster is split.
+	Apart []string
 }
 
 // Bring makes the node a running member of the cluster: it repairs the files
@@ -69,7 +72,8 @@ func Bring(ctx context.Context, plan provision.Plan, sec provision.StackSecrets,
 	return m.bring(ctx, sec, ask, rep)
 }
 
-// Look asks the local member about the cluster.
+// Look asks the local member about the cluster; it asks no other, so nobody is
+// found to be apart.
 func Look(ctx context.Context, plan provision.Plan) (Cluster, error) {
 	m, err := local(plan)
 	if err != nil {
@@ -92,6 +96,8 @@ type unit interface {
 	// Start waits until the service has said that it is ready.
 	Start(ctx context.Context) error
 	Restart(ctx context.Context) error
+	// Stop waits until nothing of the service runs any more.
+	Stop(ctx context.Context) error
 }
 
 // member is the local node of the cluster.
@@ -99,6 +105,7 @@ type member struct {
 	plan     provision.Plan
 	root     string
 	unit     unit
+	command  func(ctx context.Context, name string, args ...string) *exec.Cmd // as the user ejabberd
 	eval     evaluator
 	patience time.Duration // how long anything may stand still
 	pause    func(n int) time.Duration
@@ -116,7 +123,7 @@ func local(plan provision.Plan) (*member, error) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
 		return cmd
 	}
-	return &member{plan: plan, root: "/", patience: 15 * time.Minute, pause: backoff,
+	return &member{plan: plan, root: "/", patience: 15 * time.Minute, pause: backoff, command: command,
 		eval: erlCall(plan.Node, plan.Net.Address.Addr().String(), command)}, nil
 }
 
@@ -368,6 +375,20 @@ func (m *member) status(ctx context.Context) (status, error) {
 		return status{}, err
 	}
 	return parseStatus(text)
+}
+
+// other asks another member for its status.
+func (m *member) other(ctx context.Context, node string) (status, error) {
+	for _, h := range m.plan.Hosts {
+		if h.Name == node {
+			text, err := erlCall(node, h.Address.String(), m.command)(ctx, statusExpr)
+			if err != nil {
+				return status{}, err
+			}
+			return parseStatus(text)
+		}
+	}
+	return status{}, fmt.Errorf("node %s is not in the plan of node %s", node, m.plan.Node)
 }
 
 // quick evaluates what takes milliseconds unless the machine is in trouble.

@@ -6,7 +6,7 @@
 //     of the first boot.
 //   - Bring waits for it, forms the cluster or joins it, and makes the probe
 //     accounts. Killed at any point, Bring run again ends well.
-//   - Look tells which members run.
+//   - Look tells which members run; Watcher also heals a cluster that was split.
 //
 // The service is steered over the Erlang distribution protocol with erl_call,
 // a C program of Debian's erlang-base that proves the cluster's cookie:

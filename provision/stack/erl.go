@@ -66,7 +66,7 @@ type status struct {
 	up         bool     // the application ejabberd has started
 	joining    bool     // a join runs
 	known      []string // nodes in the database's schema, with this one
-	running    []string // of those, the ones whose database runs
+	running    []string // of those, the ones whose database runs and knows that ours does
 	incomplete bool     // tables of the cluster have no copy here
 }
 
@@ -74,10 +74,17 @@ func (s status) others(self string) []string {
 	return slices.DeleteFunc(slices.Clone(s.known), func(n string) bool { return n == self })
 }
 
+// statusExpr leaves out of the running those who do not see this member run:
+// where only one side has noticed a split, both sides shall be told of it.
 const statusExpr = `
+	Mutual = fun(All) ->
+		Others = All -- [node()],
+		Views = lists:zip(Others, erpc:multicall(Others, mnesia, system_info, [running_db_nodes], 2000)),
+		All -- [N || {N, {ok, Sees}} <- Views, not lists:member(node(), Sees)]
+	end,
 	Names = fun(L) -> lists:join(",", [lists:nthtail(length("ejabberd@"), atom_to_list(A)) || A <- lists:sort(L)]) end,
 	{Known, Running, Missing} = case mnesia:system_info(is_running) of
-		yes -> {mnesia:system_info(db_nodes), mnesia:system_info(running_db_nodes),
+		yes -> {mnesia:system_info(db_nodes), Mutual(mnesia:system_info(running_db_nodes)),
 			[T || T <- mnesia:system_info(tables), mnesia:table_info(T, storage_type) == unknown]};
 		_ -> {[], [], []}
 	end,

@@ -138,7 +138,16 @@ func vmArgs(addr netip.Addr) string {
 # would say the same, but starts a second Erlang machine each time to parse it.
 -kernel inet_dist_use_interface {%d,%d,%d,%d}
 # IP_FREEBIND: start in parallel with the network, do not wait for the address.
--kernel inet_dist_listen_options [{raw,0,15,<<1:32/native>>}]
+# TCP_USER_TIMEOUT: what is sent to a member behind a dead link until that is
+# noticed is lost. Unchanged, Erlang notices it after 45 to 75 s; so the kernel
+# ends connections on which nothing is acknowledged for 6 s. The other machine's
+# kernel acknowledges, so a busy Erlang there is not taken for a dead link.
+-kernel inet_dist_listen_options [{raw,0,15,<<1:32/native>>},{raw,6,18,<<6000:32/native>>}]
+-kernel inet_dist_connect_options [{raw,6,18,<<6000:32/native>>}]
+# Something is sent at least every quarter of this (seconds): after 12 s a dead
+# link is known. Members that have Erlang's default send every 15 s, which
+# must not look like silence (three quarters of this).
+-kernel net_ticktime 24
 # The code path does not change while we run: list directories once.
 -cache_boot_path true
 # Idle schedulers sleep at once: the processor belongs to the VMs.

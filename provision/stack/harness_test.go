@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -77,6 +78,7 @@ type testNode struct {
 	addr        netip.Addr
 	sec         provision.StackSecrets
 	ns, machine string
+	port        string // of the bridge
 	proc        *service
 }
 
@@ -84,9 +86,9 @@ func (l *lab) newNode(name string, addr netip.Addr) *testNode {
 	n := &testNode{l: l, name: name, addr: addr, sec: secretsOf(l.t, l.site, name, addr.String()), ns: unique("pt-"), machine: filepath.Join(l.dir, name)}
 	l.run("ip", "netns", "add", n.ns)
 	l.t.Cleanup(func() { l.run("ip", "netns", "del", n.ns) })
-	port := unique("p")
-	l.run("ip", "link", "add", port, "netns", l.bed, "type", "veth", "peer", "name", "eth0", "netns", n.ns)
-	l.run("ip", "-n", l.bed, "link", "set", port, "master", "br0", "up")
+	n.port = unique("p")
+	l.run("ip", "link", "add", n.port, "netns", l.bed, "type", "veth", "peer", "name", "eth0", "netns", n.ns)
+	l.run("ip", "-n", l.bed, "link", "set", n.port, "master", "br0", "up")
 	l.run("ip", "-n", n.ns, "addr", "add", addr.String()+"/24", "dev", "eth0")
 	l.run("ip", "-n", n.ns, "link", "set", "eth0", "up")
 	l.run("ip", "-n", n.ns, "link", "set", "lo", "up")
@@ -95,7 +97,7 @@ func (l *lab) newNode(name string, addr netip.Addr) *testNode {
 		Stack: provision.StackPlan{Domain: testDomain}}
 	n.proc = &service{n: n}
 	n.member = &member{plan: plan, root: filepath.Join(n.machine, "root"), unit: n.proc, patience: time.Minute,
-		pause: func(int) time.Duration { return 100 * time.Millisecond }, eval: erlCall(name, addr.String(), n.inside)}
+		pause: func(int) time.Duration { return 100 * time.Millisecond }, command: n.inside, eval: erlCall(name, addr.String(), n.inside)}
 	l.t.Cleanup(n.unmount)
 	l.t.Cleanup(n.proc.kill)
 	return n
@@ -174,12 +176,13 @@ exit $?`, // the shell stays: it is process 1 in there, with it all die
 // service is what systemd does for ejabberd.service: it starts the command of
 // the unit, waits for READY=1, and starts it again when it ends by itself.
 type service struct {
-	n    *testNode
-	mu   sync.Mutex
-	cmd  *exec.Cmd
-	dead chan struct{}
-	said []string // every notification since the start
-	out  bytes.Buffer
+	n      *testNode
+	mu     sync.Mutex
+	cmd    *exec.Cmd
+	dead   chan struct{}
+	starts atomic.Int32 // so far
+	said   []string     // every notification since the start
+	out    bytes.Buffer
 }
 
 func (s *service) Start(ctx context.Context) error {
@@ -208,6 +211,7 @@ func (s *service) Start(ctx context.Context) error {
 	if err := s.cmd.Start(); err != nil {
 		return err
 	}
+	s.starts.Add(1)
 	dead, ready := make(chan struct{}), make(chan struct{})
 	s.dead = dead
 	go func(cmd *exec.Cmd) {
@@ -256,6 +260,25 @@ func (s *service) notifications() string {
 func (s *service) Restart(ctx context.Context) error {
 	s.kill()
 	return s.Start(ctx)
+}
+
+// Stop is what ExecStop of the unit does.
+func (s *service) Stop(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cmd == nil {
+		return nil
+	}
+	if _, err := s.n.eval(ctx, `init:stop(), "stops".`); err != nil {
+		return err
+	}
+	select {
+	case <-s.dead:
+		s.cmd = nil
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // kill is kill -9 of the whole service, or a power cut.
