@@ -96,7 +96,7 @@ slow: image build/.test-deps ## tests that need the built image: real ejabberd c
 
 .PHONY: e2e
 e2e: image build/.test-deps ## racks of VMs from power-on to a chat message
-	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe|TestHost' ./vmtest
+	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe|TestHost|TestStack' ./vmtest
 
 .PHONY: bench
 bench: image ## one node from power-on to ready beside an unverified floor, phase by phase

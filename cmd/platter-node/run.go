@@ -44,7 +44,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	switch command {
 	case "agent":
-		return agent.Run(ctx, agent.Config{Log: stderr})
+		c := agent.Config{Log: stderr}
+		f := flag.NewFlagSet("agent", flag.ContinueOnError)
+		f.SetOutput(stderr)
+		f.BoolVar(&c.LeaveHost, "leave-host", false, "leave kernel, bridges and VMs to whoever prepares this host")
+		if err := f.Parse(args[2:]); err != nil {
+			return err
+		}
+		return agent.Run(ctx, c)
 	case "boot":
 		return install.Boot(ctx, install.System{Console: stdout, Prepare: prepare})
 	case "install":
@@ -54,6 +61,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return said(code)
 		}
 		return nil
+	case "stack-wait": // by systemd, before a unit that needs another component
+		return stackWait(ctx, args[2:], stderr)
 	case "version":
 		_, err := fmt.Fprintln(stdout, version())
 		return err
@@ -63,6 +72,22 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	fmt.Fprint(stderr, usage)
 	return fmt.Errorf("unknown command %q", command)
+}
+
+// stackWait returns when a component of this node is healthy.
+func stackWait(ctx context.Context, args []string, log io.Writer) error {
+	if len(args) != 1 {
+		return errors.New("stack-wait: name one component")
+	}
+	var plan provision.Plan
+	if err := readJSON("/etc/platter/plan.json", &plan); err != nil {
+		return fmt.Errorf("the plan of this host: %w: reinstall the node", err)
+	}
+	sec, err := stack.Secrets("/")
+	if err != nil {
+		return err
+	}
+	return stack.Wait(ctx, plan, sec, args[0], log)
 }
 
 // said ends the program with this code; why was said already.

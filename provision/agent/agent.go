@@ -31,6 +31,7 @@ type Config struct {
 	IdentityPath string // default /etc/platter/identity.json
 	OrdersPath   string // default /var/lib/platter/orders.json
 	Log          io.Writer
+	LeaveHost    bool               // somebody else prepares this host: only its service is ours
 	Notify       func(state string) // tells systemd, see sd_notify(3); default: does so
 	Watch        time.Duration      // between looks at the cluster; default 15 s
 	Retry        time.Duration      // after something failed; default 30 s
@@ -108,6 +109,10 @@ func Run(ctx context.Context, c Config) error {
 		look:    func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
 		tend:    func(ctx context.Context, rep Reporter) (stack.Cluster, error) { return watcher.Tend(ctx, rep) },
 		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
+	}
+	if c.LeaveHost {
+		leave := func(context.Context, Reporter) error { return nil }
+		w.prepare, w.guests, w.alarms = leave, leave, func() []string { return nil }
 	}
 	status := statusReporter{rep, c.Notify, func() {}}
 	if node != nil {

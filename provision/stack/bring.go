@@ -20,13 +20,6 @@ import (
 	"platter/provision"
 )
 
-// Progress hears what happens; client.Reporter is one.
-type Progress interface {
-	Phase(name string, n, of int)
-	Logf(format string, args ...any)
-	Facts(facts map[string]string)
-}
-
 // Cluster is the cluster as the local member sees it: names of nodes, sorted.
 type Cluster struct {
 	Running []string
@@ -34,42 +27,6 @@ type Cluster struct {
 	// Apart are those of Down that run, answer, and have a database of their
 	// own: the cluster is split.
 	Apart []string
-}
-
-// Bring makes the node a running member of the cluster: it repairs the files
-// that Prepare wrote, waits for ejabberd, asks for the node's part, forms or joins, and makes the probe
-// accounts. A node that is a member already only verifies that; it needs
-// nobody for it. Killed at any point and called again it goes on.
-//
-// ask tells the node's part, see provision.JoinDecision; its errors are
-// retried. The error is a *provision.Failure when something stands still for
-// too long.
-func Bring(ctx context.Context, plan provision.Plan, sec provision.StackSecrets, ask func(context.Context) (provision.Join, error), rep Progress) error {
-	m, err := local(plan)
-	if err != nil {
-		return err
-	}
-	sd, err := hostprep.DialSystemd(ctx)
-	if err != nil {
-		return err
-	}
-	defer sd.Close()
-	m.unit = sd.Unit("ejabberd.service")
-	// An install laid everything down: this finds nothing to do.
-	changed, err := prepare("/", plan, sec)
-	if err != nil {
-		return err
-	}
-	if changed {
-		rep.Logf("the configuration of ejabberd was written anew")
-		if err := sd.Reload(ctx); err != nil {
-			return err
-		}
-		if err := m.unit.Restart(ctx); err != nil {
-			return err
-		}
-	}
-	return m.bring(ctx, sec, ask, rep)
 }
 
 // Look asks the local member about the cluster; it asks no other, so nobody is
@@ -91,15 +48,6 @@ func (s status) cluster() Cluster {
 		Down: slices.DeleteFunc(slices.Clone(s.known), func(n string) bool { return slices.Contains(s.running, n) })}
 }
 
-// unit is the system service that runs ejabberd.
-type unit interface {
-	// Start waits until the service has said that it is ready.
-	Start(ctx context.Context) error
-	Restart(ctx context.Context) error
-	// Stop waits until nothing of the service runs any more.
-	Stop(ctx context.Context) error
-}
-
 // member is the local node of the cluster.
 type member struct {
 	plan     provision.Plan
@@ -112,8 +60,9 @@ type member struct {
 }
 
 func local(plan provision.Plan) (*member, error) {
-	uid, gid, err := lookupUser("/", "ejabberd")
-	if err != nil {
+	uid, err1 := idOf("/", "passwd", "ejabberd")
+	gid, err2 := idOf("/", "group", "ejabberd")
+	if err := errors.Join(err1, err2); err != nil {
 		return nil, err
 	}
 	command := func(ctx context.Context, name string, args ...string) *exec.Cmd {
@@ -145,22 +94,18 @@ type marker struct {
 const markerFile = "var/lib/platter/stack.json"
 
 func (m *member) bring(ctx context.Context, sec provision.StackSecrets, ask func(context.Context) (provision.Join, error), rep Progress) error {
-	const steps = 4
-	rep.Phase("start ejabberd", 1, steps)
 	began := time.Now()
 	if err := m.start(ctx, rep); err != nil {
 		return err
 	}
 	rep.Facts(map[string]string{"ejabberd_wait_ms": ms(began), "ejabberd_up_ms": hostprep.SinceBoot()})
 
-	rep.Phase("membership", 2, steps)
 	began = time.Now()
 	part, err := m.enter(ctx, ask, rep)
 	if err != nil {
 		return err
 	}
 
-	rep.Phase("probe accounts", 3, steps)
 	if err := m.accounts(ctx, sec); err != nil {
 		return err
 	}
@@ -168,7 +113,6 @@ func (m *member) bring(ctx context.Context, sec provision.StackSecrets, ask func
 		return err
 	}
 
-	rep.Phase("verify", 4, steps)
 	st, err := m.status(ctx)
 	if err != nil {
 		return err
@@ -450,7 +394,7 @@ func (m *member) keep(k marker) error {
 	if err != nil {
 		return err
 	}
-	if _, err := put(m.root, file{markerFile, 0o644, 0, 0, string(b) + "\n"}); err != nil {
+	if _, err := put(m.root, file{path: markerFile, mode: 0o644, text: string(b) + "\n"}); err != nil {
 		return fmt.Errorf("node %s: writing /%s: %w: look at the disk's free space and health", m.plan.Node, markerFile, err)
 	}
 	return nil

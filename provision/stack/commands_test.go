@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,8 +39,7 @@ func TestCommands(t *testing.T) {
 	}
 	rack := provision.Rack{Name: "lab", Stack: provision.StackSpec{Domain: testDomain}}
 	for i, n := range l.nodes {
-		n.sec, err = s.StackSecrets(provision.Plan{Node: n.name, Stack: provision.StackPlan{Domain: testDomain},
-			Net: provision.NodeNet{Address: netip.PrefixFrom(n.addr, 24)}})
+		n.sec, err = s.StackSecrets(n.plan)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,14 +1,17 @@
-// Package stack runs the IM service on one node: an ejabberd that is one
-// member of a cluster over all nodes of the rack.
+// Package stack runs the components of the service on one node, as the stack
+// file says, and makes each a member of its cluster over all nodes.
 //
-//   - Prepare writes every file that ejabberd needs, on the mounted target
-//     during the install, so that systemd starts it in parallel with the rest
-//     of the first boot.
-//   - Bring waits for it, forms the cluster or joins it, and makes the probe
-//     accounts. Killed at any point, Bring run again ends well.
-//   - Look tells which members run; Watcher also heals a cluster that was split.
+//   - Prepare writes every file that they need, on the mounted target during the
+//     install, so that systemd starts them in parallel with the rest of the
+//     first boot. Order and waiting for each other are systemd's, at every boot:
+//     Wait is what it runs before a unit that needs another component.
+//   - Bring finds this node's part in every component's cluster, forms or joins
+//     it, and sees all of them healthy. Killed at any point, Bring run again ends
+//     well.
+//   - Look tells which members of ejabberd's cluster run; Watcher also heals one
+//     that was split.
 //
-// The service is steered over the Erlang distribution protocol with erl_call,
+// ejabberd is steered over the Erlang distribution protocol with erl_call,
 // a C program of Debian's erlang-base that proves the cluster's cookie:
 // nothing unauthenticated can change anything, and one call takes milliseconds
 // where ejabberdctl starts a whole Erlang machine, which takes 10 s on an

@@ -1,33 +1,28 @@
 package stack
 
 import (
-	"bytes"
 	"crypto/tls"
 	"crypto/x509"
-	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"text/template"
 
 	"github.com/google/renameio/v2"
 
 	"platter/provision"
 )
 
-// Ports of a member.
+// Ports of ejabberd.
 const (
 	ClientPort = 5222 // XMPP, STARTTLS required
-	TLSPort    = 5223 // XMPP, TLS from the first byte
-	WebPort    = 5443 // XMPP over WebSocket and users' files, TLS
 	DistPort   = 5210 // Erlang distribution between members
 )
 
@@ -36,50 +31,64 @@ const (
 	secretsFile = "etc/platter/stack.json"
 )
 
-//go:embed ejabberd.yml.tmpl
-var ejabberdYML string
-
 // file is one file that the service needs.
 type file struct {
-	path     string // below the root
-	mode     fs.FileMode
-	uid, gid int
-	text     string
+	component string // whose it is; empty: of all
+	path      string // below the root
+	mode      fs.FileMode
+	uid, gid  int
+	text      string
+	reload    bool // a change needs no restart
 }
 
-// Prepare writes the configuration and secrets of the service below root: "/"
-// on the running host, the mounted target during an install. What is already
-// right is not touched; every file is replaced as a whole or not at all. It
-// reports whether anything changed, in which case a running ejabberd has to be
-// restarted.
+// Prepare writes the configuration and secrets of the node's components below
+// root: "/" on the running host, the mounted target during an install. What is
+// already right is not touched; every file is replaced as a whole or not at
+// all.
 func Prepare(root string, plan provision.Plan, sec provision.StackSecrets) error {
 	_, err := prepare(root, plan, sec)
 	return err
 }
 
-func prepare(root string, plan provision.Plan, sec provision.StackSecrets) (changed bool, err error) {
+// prepare also tells of which components files have changed that their units
+// have to be restarted for.
+func prepare(root string, plan provision.Plan, sec provision.StackSecrets) (changed map[string]bool, err error) {
+	changed = map[string]bool{}
 	if err := check(plan, sec); err != nil {
-		return false, err
+		return nil, err
 	}
-	uid, gid, err := lookupUser(root, "ejabberd")
+	files, err := files(root, plan, sec)
 	if err != nil {
-		return false, err
-	}
-	files, err := files(plan, sec, uid, gid)
-	if err != nil {
-		return false, err
+		return nil, err
 	}
 	for _, f := range files {
 		wrote, err := put(root, f)
 		if err != nil {
-			return changed, fmt.Errorf("IM service of node %s: writing /%s: %w: look at the disk's free space and health", plan.Node, f.path, err)
+			return changed, fmt.Errorf("service of node %s: writing /%s: %w: look at the disk's free space and health", plan.Node, f.path, err)
 		}
-		changed = changed || wrote
+		if wrote && !f.reload {
+			changed[f.component] = true
+		}
 	}
-	if err := enable(root, "ejabberd.service"); err != nil {
-		return changed, fmt.Errorf("IM service of node %s: enabling ejabberd.service: %w", plan.Node, err)
+	for _, c := range here(plan) {
+		for _, u := range c.Units {
+			if err := enable(root, u); err != nil {
+				return changed, fmt.Errorf("service of node %s: enabling %s: %w", plan.Node, u, err)
+			}
+		}
 	}
 	return changed, nil
+}
+
+// here are the components of the plan's node.
+func here(plan provision.Plan) []provision.PlacedComponent {
+	var out []provision.PlacedComponent
+	for _, c := range plan.Stack.Components {
+		if slices.Contains(c.Members, plan.Node) {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 // Secrets reads what Prepare laid down below root; the error is
@@ -96,105 +105,35 @@ func Secrets(root string) (provision.StackSecrets, error) {
 	return sec, nil
 }
 
-// files lists everything Prepare writes.
-func files(plan provision.Plan, sec provision.StackSecrets, uid, gid int) ([]file, error) {
-	var yml bytes.Buffer
-	t := template.Must(template.New("ejabberd.yml").Funcs(template.FuncMap{"quote": quote}).Parse(ejabberdYML))
-	addr := plan.Net.Address.Addr()
-	var probes []string
-	for _, a := range sec.Probes {
-		probes = append(probes, a.User)
-	}
-	err := t.Execute(&yml, map[string]any{
-		"Domain": plan.Stack.Domain, "Address": addr, "Probes": probes,
-		"ClientPort": ClientPort, "TLSPort": TLSPort, "WebPort": WebPort,
-	})
-	if err != nil {
-		return nil, err
-	}
+// files lists everything Prepare writes, all mistakes at once.
+func files(root string, plan provision.Plan, sec provision.StackSecrets) ([]file, error) {
 	secrets, err := json.MarshalIndent(sec, "", "\t")
 	if err != nil {
 		return nil, err
 	}
-	return []file{
-		{"etc/ejabberd/ejabberd.yml", 0o640, 0, gid, yml.String()},
-		{"etc/ejabberd/platter.pem", 0o640, 0, gid, lines(sec.Cert) + lines(sec.Key)},
-		{"etc/ejabberd/platter-ca.pem", 0o644, 0, 0, lines(sec.CA)},
-		{"etc/ejabberd/vm.args", 0o644, 0, 0, vmArgs(addr)},
-		{"etc/ejabberd/inetrc", 0o644, 0, 0, "%% Written by Platter. Members are found in /etc/hosts; no name server is asked.\n{file, hosts, \"/etc/hosts\"}.\n{lookup, [file]}.\n"},
-		{"etc/default/ejabberd", 0o644, 0, 0, ctlConfig(plan.Node)},
-		{spool + "/.erlang.cookie", 0o400, uid, gid, sec.Cookie},
-		{"etc/systemd/system/ejabberd.service.d/platter.conf", 0o644, 0, 0, dropIn(addr)},
-		{"etc/systemd/system/epmd.socket.d/platter.conf", 0o644, 0, 0, epmdDropIn},
-		{secretsFile, 0o600, 0, 0, string(secrets) + "\n"},
-	}, nil
+	out := []file{{path: secretsFile, mode: 0o600, text: string(secrets) + "\n"}}
+	view := provision.ViewOf(plan, sec)
+	var wrong []error
+	for _, c := range here(plan) {
+		for _, f := range c.Files {
+			text, err := view.Render(f.Path, f.Template)
+			uid, err1 := idOf(root, "passwd", f.Owner)
+			gid, err2 := idOf(root, "group", f.Group)
+			if err := errors.Join(err, err1, err2); err != nil {
+				wrong = append(wrong, fmt.Errorf("component %s: %s: %w", c.Name, f.Path, err))
+				continue
+			}
+			out = append(out, file{c.Name, strings.TrimPrefix(f.Path, "/"), fs.FileMode(f.Mode), uid, gid, text, f.Reload})
+		}
+		for _, u := range c.Units {
+			out = append(out, file{component: c.Name, path: "etc/systemd/system/" + u + ".d/platter-order.conf", mode: 0o644, text: order(plan, c, u)})
+		}
+	}
+	if len(wrong) > 0 {
+		return nil, fmt.Errorf("service of node %s: %w", plan.Node, errors.Join(wrong...))
+	}
+	return out, nil
 }
-
-// vmArgs are the arguments of every Erlang machine that ejabberdctl starts.
-func vmArgs(addr netip.Addr) string {
-	a := addr.As4()
-	return fmt.Sprintf(`# Written by Platter.
-# Members speak to each other on the node's own address only. INET_DIST_INTERFACE
-# would say the same, but starts a second Erlang machine each time to parse it.
--kernel inet_dist_use_interface {%d,%d,%d,%d}
-# IP_FREEBIND: start in parallel with the network, do not wait for the address.
-# TCP_USER_TIMEOUT: what is sent to a member behind a dead link until that is
-# noticed is lost. Unchanged, Erlang notices it after 45 to 75 s; so the kernel
-# ends connections on which nothing is acknowledged for 6 s. The other machine's
-# kernel acknowledges, so a busy Erlang there is not taken for a dead link.
--kernel inet_dist_listen_options [{raw,0,15,<<1:32/native>>},{raw,6,18,<<6000:32/native>>}]
--kernel inet_dist_connect_options [{raw,6,18,<<6000:32/native>>}]
-# Something is sent at least every quarter of this (seconds): after 12 s a dead
-# link is known. Members that have Erlang's default send every 15 s, which
-# must not look like silence (three quarters of this).
--kernel net_ticktime 24
-# The code path does not change while we run: list directories once.
--cache_boot_path true
-# Idle schedulers sleep at once: the processor belongs to the VMs.
-+sbwt none
-+sbwtdcpu none
-+sbwtdio none
--env ERL_CRASH_DUMP_BYTES 0
-`, a[0], a[1], a[2], a[3])
-}
-
-// ctlConfig is a shell file that ejabberdctl reads.
-func ctlConfig(node string) string {
-	return fmt.Sprintf(`# Written by Platter. Arguments of the Erlang machine are in /etc/ejabberd/vm.args.
-ERLANG_NODE=%s
-ERL_DIST_PORT=%d
-# Two to three ports a connection; the default of ejabberdctl ends near 10,000 users.
-ERL_MAX_PORTS=131072
-ERL_OPTIONS=
-EJABBERD_PID_PATH=/run/ejabberd/ejabberd.pid
-EJABBERD_CONFIG_PATH=/etc/ejabberd/ejabberd.yml
-CONTRIB_MODULES_CONF_DIR=/etc/ejabberd/modules.d
-# glibc asks for the time zone's file at every call unless it is named.
-export TZ=:/etc/localtime
-`, erlangNode(node), DistPort)
-}
-
-func dropIn(addr netip.Addr) string {
-	return fmt.Sprintf(`# Written by Platter.
-[Service]
-LimitNOFILE=131072
-# After a power cut a member may have to wait for the one that stopped last.
-TimeoutStartSec=infinity
-TimeoutStopSec=60
-# Debian's way starts two Erlang machines to stop one.
-ExecStop=
-ExecStop=/bin/sh -c 'HOME=/%s exec /usr/bin/erl_call -r -address %s:%d -timeout 50 -a "init stop []"'
-ExecStop=/bin/sh -c 'while kill -0 "$MAINPID" 2>/dev/null; do sleep 0.2; done'
-`, spool, addr, DistPort)
-}
-
-// The distribution port is fixed, so the port mapper has nothing to tell
-// anybody; Debian's unit of ejabberd requires it all the same.
-const epmdDropIn = `# Written by Platter.
-[Socket]
-ListenStream=
-ListenStream=127.0.0.1:4369
-`
 
 // check refuses what would only fail on the node, all of it at once.
 func check(plan provision.Plan, sec provision.StackSecrets) error {
@@ -243,7 +182,7 @@ func check(plan provision.Plan, sec provision.StackSecrets) error {
 	if len(errs) == 0 {
 		return nil
 	}
-	return fmt.Errorf("IM service of node %s: %w: restart 'platter serve' and install the node again", plan.Node, errors.Join(errs...))
+	return fmt.Errorf("service of node %s: %w: restart 'platter serve' and install the node again", plan.Node, errors.Join(errs...))
 }
 
 var (
@@ -255,34 +194,28 @@ var (
 // erlangNode is the Erlang name of the member on node.
 func erlangNode(node string) string { return "ejabberd@" + node }
 
-// quote makes a YAML scalar; JSON's strings are a subset of YAML's.
-func quote(s string) (string, error) {
-	b, err := json.Marshal(s)
-	return string(b), err
-}
-
-func lines(pem string) string { return strings.TrimRight(pem, "\n") + "\n" }
-
-// lookupUser finds a user and its group in the passwd file below root, which
-// may be another system's.
-func lookupUser(root, name string) (uid, gid int, err error) {
-	b, err := os.ReadFile(filepath.Join(root, "etc/passwd"))
-	if err != nil {
-		return 0, 0, err
+// idOf finds the number of a user or group in the file passwd or group below
+// root, which may be another system's. An empty name is root.
+func idOf(root, file, name string) (int, error) {
+	if name == "" {
+		return 0, nil
 	}
-	for _, line := range strings.Split(string(b), "\n") {
-		f := strings.Split(line, ":")
-		if len(f) < 4 || f[0] != name {
+	b, err := os.ReadFile(filepath.Join(root, "etc", file))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Split(strings.TrimSpace(line), ":")
+		if len(f) < 3 || f[0] != name {
 			continue
 		}
-		uid, err1 := strconv.Atoi(f[2])
-		gid, err2 := strconv.Atoi(f[3])
-		if err := errors.Join(err1, err2); err != nil {
-			return 0, 0, fmt.Errorf("/etc/passwd: user %s: %w", name, err)
+		id, err := strconv.Atoi(f[2])
+		if err != nil {
+			return 0, fmt.Errorf("/etc/%s: %s: %w", file, name, err)
 		}
-		return uid, gid, nil
+		return id, nil
 	}
-	return 0, 0, fmt.Errorf("/etc/passwd has no user %s: build the image with the package ejabberd", name)
+	return 0, fmt.Errorf("/etc/%s has no %s: build the image with the package that makes it", file, name)
 }
 
 // put makes the file below root what f says and tells whether it was not yet.
@@ -327,7 +260,11 @@ func syncDir(dir string) error {
 
 // enable makes unit start at boot below root.
 func enable(root, unit string) error {
-	dir := filepath.Join(root, "etc/systemd/system/multi-user.target.wants")
+	target := "multi-user.target"
+	if strings.HasSuffix(unit, ".socket") {
+		target = "sockets.target"
+	}
+	dir := filepath.Join(root, "etc/systemd/system", target+".wants")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}

@@ -49,15 +49,15 @@ func newLab(t *testing.T, names ...string) *lab {
 	l.run("ip", "-n", l.bed, "link", "add", "br0", "type", "bridge")
 	l.run("ip", "-n", l.bed, "addr", "add", "10.99.0.254/24", "dev", "br0")
 	l.run("ip", "-n", l.bed, "link", "set", "br0", "up")
+	var hosts []provision.Host
 	for i, name := range names {
-		l.nodes = append(l.nodes, l.newNode(name, netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 1)})))
+		hosts = append(hosts, provision.Host{Name: name, Address: netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 1)})})
+	}
+	for _, h := range hosts {
+		l.nodes = append(l.nodes, l.newNode(h.Name, h.Address, hosts))
 	}
 	l.sec = l.nodes[0].sec
 	for _, n := range l.nodes {
-		for _, h := range l.nodes {
-			n.plan.Hosts = append(n.plan.Hosts, provision.Host{Name: h.name, Address: h.addr})
-			n.plan.Stack.Members = append(n.plan.Stack.Members, h.name)
-		}
 		n.install()
 	}
 	return l
@@ -82,8 +82,9 @@ type testNode struct {
 	proc        *service
 }
 
-func (l *lab) newNode(name string, addr netip.Addr) *testNode {
-	n := &testNode{l: l, name: name, addr: addr, sec: secretsOf(l.t, l.site, name, addr.String()), ns: unique("pt-"), machine: filepath.Join(l.dir, name)}
+func (l *lab) newNode(name string, addr netip.Addr, hosts []provision.Host) *testNode {
+	plan := alone(l.t, planOf(l.t, name, hosts...))
+	n := &testNode{l: l, name: name, addr: addr, sec: secretsOf(l.t, l.site, plan), ns: unique("pt-"), machine: filepath.Join(l.dir, name)}
 	l.run("ip", "netns", "add", n.ns)
 	l.t.Cleanup(func() { l.run("ip", "netns", "del", n.ns) })
 	n.port = unique("p")
@@ -92,9 +93,6 @@ func (l *lab) newNode(name string, addr netip.Addr) *testNode {
 	l.run("ip", "-n", n.ns, "addr", "add", addr.String()+"/24", "dev", "eth0")
 	l.run("ip", "-n", n.ns, "link", "set", "eth0", "up")
 	l.run("ip", "-n", n.ns, "link", "set", "lo", "up")
-	plan := provision.Plan{Format: provision.PlanFormat, Node: name, Generation: 1,
-		Net:   provision.NodeNet{Address: netip.PrefixFrom(addr, 24)},
-		Stack: provision.StackPlan{Domain: testDomain}}
 	n.proc = &service{n: n}
 	n.member = &member{plan: plan, root: filepath.Join(n.machine, "root"), unit: n.proc, patience: time.Minute,
 		pause: func(int) time.Duration { return 100 * time.Millisecond }, command: n.inside, eval: erlCall(name, addr.String(), n.inside)}
@@ -133,13 +131,21 @@ func (n *testNode) install() {
 	if err := Prepare(n.root, n.plan, n.sec); err != nil {
 		n.l.t.Fatal(err)
 	}
-	uid, gid, err := lookupUser(n.root, "ejabberd")
-	if err != nil {
-		n.l.t.Fatal(err)
-	}
+	uid, gid := n.ejabberd()
 	if err := errors.Join(os.Mkdir(n.root+"/run/ejabberd", 0o755), os.Chown(n.root+"/run/ejabberd", uid, gid)); err != nil {
 		n.l.t.Fatal(err)
 	}
+}
+
+// ejabberd is the user and group of that name on the node.
+func (n *testNode) ejabberd() (uid, gid int) {
+	n.l.t.Helper()
+	uid, err1 := idOf(n.root, "passwd", "ejabberd")
+	gid, err2 := idOf(n.root, "group", "ejabberd")
+	if err := errors.Join(err1, err2); err != nil {
+		n.l.t.Fatal(err)
+	}
+	return uid, gid
 }
 
 func (n *testNode) unmount() {
@@ -158,10 +164,7 @@ func (n *testNode) unmount() {
 // inside makes a command that runs as ejabberd on the node: its files, its
 // network, its host name, and a process tree that dies with it.
 func (n *testNode) inside(ctx context.Context, name string, args ...string) *exec.Cmd {
-	uid, gid, err := lookupUser(n.root, "ejabberd")
-	if err != nil {
-		n.l.t.Fatal(err)
-	}
+	uid, gid := n.ejabberd()
 	script := fmt.Sprintf(`hostname %s; mount -t proc proc %s/proc
 chroot --userspec=%d:%d --groups=%d %s /usr/bin/env -i HOME=/%s USER=ejabberd PATH=/usr/sbin:/usr/bin:/bin NOTIFY_SOCKET=/run/notify "$@"
 exit $?`, // the shell stays: it is process 1 in there, with it all die

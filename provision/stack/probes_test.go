@@ -99,13 +99,13 @@ func TestProbes(t *testing.T) {
 		}
 	}
 	t.Log("node2 with a certificate that does not name its address")
-	certificate(secretsOf(t, l.site, "node1", "10.99.0.1"))
+	certificate(secretsOf(t, l.site, l.nodes[0].plan))
 	if _, err := l.probe(ctx, probe.Login, between(1, 0)); err != nil {
 		t.Error(err)
 	}
 	fails(probe.Upload, between(1, 0), "probe-upload", "node node2: PUT of a file over HTTPS: tls: failed to verify certificate")
 	t.Log("node2 with a certificate of another site")
-	certificate(secretsOf(t, openSite(t), "node2", "10.99.0.2"))
+	certificate(secretsOf(t, openSite(t), l.nodes[1].plan))
 	for _, kind := range probe.Kinds {
 		fails(kind, between(1, 0), "probe-tls", "at node node2 (10.99.0.2:5222): TLS: tls: failed to verify certificate")
 	}

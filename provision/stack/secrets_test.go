@@ -1,7 +1,6 @@
 package stack
 
 import (
-	"net/netip"
 	"testing"
 
 	"platter/provision"
@@ -18,11 +17,11 @@ func openSite(t *testing.T) *site.Site {
 	return s
 }
 
-// secretsOf are what a node of the site gets; one password is hard to quote.
-func secretsOf(t *testing.T, s *site.Site, node, addr string) provision.StackSecrets {
+// secretsOf are what the plan's node gets of the site; one password is hard to
+// quote.
+func secretsOf(t *testing.T, s *site.Site, plan provision.Plan) provision.StackSecrets {
 	t.Helper()
-	sec, err := s.StackSecrets(provision.Plan{Node: node, Stack: provision.StackPlan{Domain: "im.test"},
-		Net: provision.NodeNet{Address: netip.PrefixFrom(netip.MustParseAddr(addr), 24)}})
+	sec, err := s.StackSecrets(plan)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,5 +31,5 @@ func secretsOf(t *testing.T, s *site.Site, node, addr string) provision.StackSec
 
 func testSecrets(t *testing.T) provision.StackSecrets {
 	t.Helper()
-	return secretsOf(t, openSite(t), "node2", "10.1.2.3")
+	return secretsOf(t, openSite(t), testPlan(t))
 }

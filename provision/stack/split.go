@@ -15,7 +15,7 @@ import (
 // What happens when a member's link goes down while every side runs on, as
 // seen with ejabberd 24.12 on Erlang 27:
 //
-//   - The members of each side see those of the other go (see vmArgs for when),
+//   - The members of each side see those of the other go (see the template of vm.args for when),
 //     each logs that they went (mnesia_down), and each side serves its users.
 //   - When the link is back nothing reconnects by itself.
 //   - Once anything connects them, Mnesia finds that each has logged the other's

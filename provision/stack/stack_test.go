@@ -2,35 +2,41 @@ package stack
 
 import (
 	"io/fs"
+	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"go.yaml.in/yaml/v4"
-	"net/netip"
 
 	"platter/provision"
 )
 
-func testPlan() provision.Plan {
-	return provision.Plan{Format: provision.PlanFormat, Node: "node2",
-		Net:   provision.NodeNet{Address: netip.MustParsePrefix("10.1.2.3/24")},
-		Hosts: []provision.Host{{Name: "node1", Address: netip.MustParseAddr("10.1.2.2")}, {Name: "node2", Address: netip.MustParseAddr("10.1.2.3")}},
-		Stack: provision.StackPlan{Domain: "im.test", Members: []string{"node1", "node2"}}}
+func testPlan(t *testing.T) provision.Plan {
+	t.Helper()
+	return planOf(t, "node2", provision.Host{Name: "node1", Address: netip.MustParseAddr("10.1.2.2")},
+		provision.Host{Name: "node2", Address: netip.MustParseAddr("10.1.2.3")})
 }
 
-// testRoot is a root with a user ejabberd that is not us.
+// testRoot is a root whose services have users of their own.
 func testRoot(t *testing.T) string {
 	t.Helper()
 	root := t.TempDir()
 	if err := os.MkdirAll(root+"/etc", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(root+"/etc/passwd", []byte("root:x:0:0::/root:/bin/sh\nejabberd:x:4102:4105::/var/lib/ejabberd:/bin/sh\n"), 0o644); err != nil {
-		t.Fatal(err)
+	for file, text := range map[string]string{
+		"passwd": "root:x:0:0::/root:/bin/sh\nejabberd:x:4102:4105::/var/lib/ejabberd:/bin/sh\npostgres:x:4103:4106::/:/bin/sh\n",
+		"group":  "root:x:0:\nejabberd:x:4105:\npostgres:x:4106:\netcd:x:4107:\n",
+	} {
+		if err := os.WriteFile(root+"/etc/"+file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return root
 }
@@ -38,7 +44,7 @@ func testRoot(t *testing.T) string {
 // TestPrepare needs root: files are given to ejabberd.
 func TestPrepare(t *testing.T) {
 	root, sec := testRoot(t), testSecrets(t)
-	if err := Prepare(root, testPlan(), sec); err != nil {
+	if err := Prepare(root, testPlan(t), sec); err != nil {
 		t.Fatal(err)
 	}
 	// Who may read what: the point of the modes is the secrets.
@@ -51,6 +57,8 @@ func TestPrepare(t *testing.T) {
 		"etc/ejabberd/ejabberd.yml":       {0o640, 0, 4105},
 		"etc/platter/stack.json":          {0o600, 0, 0},
 		"etc/default/ejabberd":            {0o644, 0, 0},
+		"etc/patroni/platter.key":         {0o600, 4103, 4106},
+		"etc/patroni/config.yml":          {0o640, 0, 4106},
 	} {
 		st, err := os.Stat(filepath.Join(root, path))
 		if err != nil {
@@ -72,7 +80,7 @@ func TestPrepare(t *testing.T) {
 			return err
 		}
 		b, err := os.ReadFile(path)
-		for _, s := range []string{sec.Cookie, sec.Key, sec.Probes[0].Password} {
+		for _, s := range append(slices.Collect(maps.Values(sec.Named)), sec.Cookie, sec.Key, sec.Probes[0].Password) {
 			if strings.Contains(string(b), s) {
 				t.Errorf("everybody may read a secret in %s", path)
 			}
@@ -90,19 +98,19 @@ func TestPrepare(t *testing.T) {
 	if err != nil || cmp.Diff(sec, got) != "" {
 		t.Errorf("secrets read back differ: %v", err)
 	}
-	if changed, err := prepare(root, testPlan(), sec); err != nil || changed {
+	if changed, err := prepare(root, testPlan(t), sec); err != nil || len(changed) > 0 {
 		t.Errorf("a second time: changed %v, %v", changed, err)
 	}
 	if err := os.Chmod(root+"/var/lib/ejabberd/.erlang.cookie", 0o444); err != nil {
 		t.Fatal(err)
 	}
-	if changed, err := prepare(root, testPlan(), sec); err != nil || !changed {
+	if changed, err := prepare(root, testPlan(t), sec); err != nil || !changed["ejabberd"] || len(changed) != 1 {
 		t.Errorf("a cookie that everybody may read: changed %v, %v", changed, err)
 	}
 }
 
 func TestConfiguration(t *testing.T) {
-	list, err := files(testPlan(), testSecrets(t), 1, 2)
+	list, err := files(testRoot(t), testPlan(t), testSecrets(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +168,7 @@ func TestConfiguration(t *testing.T) {
 
 // TestRefused: every mistake is named, and nothing is written.
 func TestRefused(t *testing.T) {
-	root, plan, sec := testRoot(t), testPlan(), testSecrets(t)
+	root, plan, sec := testRoot(t), testPlan(t), testSecrets(t)
 	plan.Stack.Domain, plan.Node = "im.test\nhosts: []", "a b"
 	sec.Cookie = "short"
 	sec.Probes[0].User = "x>>"
@@ -176,7 +184,7 @@ func TestRefused(t *testing.T) {
 	other := testSecrets(t)
 	sec = testSecrets(t)
 	sec.CA = other.CA
-	if err := Prepare(root, testPlan(), sec); err == nil || !strings.Contains(err.Error(), "unknown authority") {
+	if err := Prepare(root, testPlan(t), sec); err == nil || !strings.Contains(err.Error(), "unknown authority") {
 		t.Errorf("a certificate of another CA: %v", err)
 	}
 }

@@ -1,0 +1,86 @@
+package stack
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"platter/hostprep"
+	"platter/provision"
+)
+
+// memberDir has a file for every component whose instance on this node may
+// start. What it holds is up to the component.
+const memberDir = "var/lib/platter/member/"
+
+// gated components do not start before this node has found its part in their
+// cluster: alone they would begin one of their own.
+var gated = []provision.MemberKind{provision.MemberEtcd, provision.MemberPatroni, provision.MemberRabbitMQ}
+
+// order is the drop-in that lets a unit of c start, by itself at every boot,
+// when what it needs on this node is healthy.
+func order(plan provision.Plan, c provision.PlacedComponent, unit string) string {
+	var after, wait []string
+	for _, need := range here(plan) {
+		if slices.Contains(c.Needs, need.Name) {
+			after = append(after, need.Units...)
+			wait = append(wait, need.Name)
+		}
+	}
+	// Units of one component start in their order.
+	after = append(after, c.Units[:slices.Index(c.Units, unit)]...)
+	var s strings.Builder
+	s.WriteString("# Written by Platter.\n[Unit]\n")
+	if len(after) > 0 {
+		fmt.Fprintf(&s, "After=%s\n", strings.Join(after, " "))
+	}
+	if slices.Contains(gated, c.Member) {
+		fmt.Fprintf(&s, "# The agent makes it once this node has its part in the cluster.\nConditionPathExists=/%s%s\n", memberDir, c.Name)
+	}
+	if !strings.HasSuffix(unit, ".service") {
+		return s.String()
+	}
+	s.WriteString(`# Others may be away for long: it is tried until they are back.
+StartLimitIntervalSec=0
+
+[Service]
+Restart=always
+RestartSec=2
+TimeoutStartSec=infinity
+`)
+	for _, name := range wait {
+		fmt.Fprintf(&s, "ExecStartPre=+%s stack-wait %s\n", hostprep.NodeSelf[0], name)
+	}
+	return s.String()
+}
+
+// Wait returns when the component, which this node has, is healthy. Now and
+// then it says on log what it waits for.
+func Wait(ctx context.Context, plan provision.Plan, sec provision.StackSecrets, component string, log io.Writer) error {
+	i := slices.IndexFunc(here(plan), func(c provision.PlacedComponent) bool { return c.Name == component })
+	if i < 0 {
+		return fmt.Errorf("node %s has no component %q", plan.Node, component)
+	}
+	c := here(plan)[i]
+	p, err := newProber(plan, sec)
+	if err != nil {
+		return err
+	}
+	said := time.Now()
+	for n := 0; ; n++ {
+		err := p.check(ctx, c)
+		if err == nil {
+			return nil
+		}
+		if time.Since(said) > time.Minute {
+			said = time.Now()
+			fmt.Fprintf(log, "waiting for %s: %v\n", component, err)
+		}
+		if err := provision.Sleep(ctx, min(250*time.Millisecond<<min(n, 3), 2*time.Second)); err != nil {
+			return err
+		}
+	}
+}
