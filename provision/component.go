@@ -10,9 +10,9 @@ import (
 // rack. It is made by provision/stackfile, which guarantees what the comments
 // here state.
 type Stack struct {
-	Name       string // [a-z0-9-]
-	Version    string // grows from disc to disc, compared as Debian compares versions
-	Components []Component
+	Name       string      `json:"name"`    // [a-z0-9-]
+	Version    string      `json:"version"` // grows from disc to disc, compared as Debian compares versions
+	Components []Component `json:"components"`
 }
 
 // MaxStackText bounds all templates and manifests of a stack together, in

@@ -11,12 +11,17 @@ import (
 // it may be begun again after it was cut off at any point.
 type OrderKind string
 
-// OrderDiagnose checks the node and changes nothing: no args, a Diagnosis.
-const OrderDiagnose OrderKind = "diagnose"
+const (
+	// OrderDiagnose checks the node and changes nothing: no args, a Diagnosis.
+	OrderDiagnose OrderKind = "diagnose"
+	// OrderStage brings a release of the stack onto the node's disk and changes
+	// nothing that runs: a ReleaseRef, a Staged.
+	OrderStage OrderKind = "stage"
+)
 
 // Early tells whether a node carries orders of this kind out while it is not a
 // member of the cluster yet. All others wait until it is past StageJoining.
-func (k OrderKind) Early() bool { return k == OrderDiagnose }
+func (k OrderKind) Early() bool { return k == OrderDiagnose || k == OrderStage }
 
 // Limits of orders.
 const (
