@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 )
 
 // Release is the signed manifest of one version of a stack: the checked stack
@@ -53,7 +54,7 @@ type ReleaseRef struct {
 }
 
 var (
-	releaseFileName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~%=-]{0,199}$`)
+	releaseFileName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,199}$`)
 	releaseDigest   = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )
 
@@ -98,6 +99,9 @@ func ReadRelease(manifest []byte) (*Release, error) {
 	}
 	return &r, nil
 }
+
+// ReleaseName is the name of the image's archive among the files of a release.
+func (i OCIImage) ReleaseName() string { return strings.ReplaceAll(i.File, "/", "_") }
 
 // Size is how many bytes all files have together.
 func (r *Release) Size() (bytes int64) {

@@ -12,7 +12,7 @@ func TestReadRelease(t *testing.T) {
 	good := provision.Release{Format: provision.ReleaseFormat, Name: "im", Version: "2", Files: []provision.ReleaseFile{
 		{Name: "Packages", Kind: provision.FileIndex, Size: 2, Digest: digest},
 		{Name: "etcd-server_3.5.16-4+b1_amd64.deb", Kind: provision.FilePackage, Package: "etcd-server", Version: "3.5.16-4+b1", Size: 1 << 20, Digest: digest},
-		{Name: "postgresql-17_1%3a17.2-1~deb13u1_amd64.deb", Kind: provision.FilePackage, Package: "postgresql-17", Version: "1:17.2-1~deb13u1", Size: 3, Digest: digest},
+		{Name: "postgresql-17_17.2-1~deb13u1_amd64.deb", Kind: provision.FilePackage, Package: "postgresql-17", Version: "1:17.2-1~deb13u1", Size: 3, Digest: digest},
 	}}
 	raw, sum, err := good.Manifest()
 	if err != nil {

@@ -51,6 +51,10 @@ const (
 	FactDown    = "cluster_down" // members that the node does not see running
 )
 
+// FactStaged are the digests of the releases of the stack that a node has whole
+// on its disk, separated by commas.
+const FactStaged = "stack_staged"
+
 // IsProgress tells whether the report carries nothing worth keeping: a count
 // of bytes, which repeats its phase, how far an order is, or only a sign of life.
 func (r Report) IsProgress() bool {

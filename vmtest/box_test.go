@@ -42,8 +42,8 @@ type box struct {
 const installBox = "install-box"
 
 func init() {
-	if len(os.Args) == 5 && os.Args[1] == installBox {
-		if err := installRoot(context.Background(), os.Args[2], os.Args[3], os.Args[4]); err != nil {
+	if len(os.Args) == 6 && os.Args[1] == installBox {
+		if err := installRoot(context.Background(), os.Args[2], os.Args[3], os.Args[4], os.Args[5]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -51,8 +51,9 @@ func init() {
 	}
 }
 
-// installRoot is the installer without a disk: root is the image's file system.
-func installRoot(ctx context.Context, script, root, program string) error {
+// installRoot is the installer without a disk: root is the image's file system,
+// store has the keys that the initramfs would have.
+func installRoot(ctx context.Context, script, root, program, store string) error {
 	resp, err := http.Get(script)
 	if err != nil {
 		return err
@@ -85,7 +86,11 @@ func installRoot(ctx context.Context, script, root, program string) error {
 	if err != nil {
 		return err
 	}
-	files := install.Files{Plan: *plan, Identity: node.Identity(), RootUUID: "0", ESPUUID: "0", Executable: program}
+	keys, err := install.ReadKeys(store + "/keys")
+	if err != nil {
+		return err
+	}
+	files := install.Files{Plan: *plan, Identity: node.Identity(), RootUUID: "0", ESPUUID: "0", Executable: program, Keys: keys}
 	if err := files.Write(root); err != nil {
 		return err
 	}
@@ -154,7 +159,7 @@ func (b *box) install() {
 	b.r.run("ip", "-n", b.ns, "address", "replace", b.addr+"/24", "dev", "eth0")
 	b.r.run("ip", "-n", b.ns, "link", "set", "eth0", "up")
 	b.r.run("nsenter", "--net=/run/netns/"+b.ns, self, installBox,
-		"http://10.77.0.1/boot.ipxe?mac="+b.mac+"&platform=pcbios&arch=i386", b.dir+"/root", filepath.Join(b.r.repo, "bin/platter-node"))
+		"http://10.77.0.1/boot.ipxe?mac="+b.mac+"&platform=pcbios&arch=i386", b.dir+"/root", filepath.Join(b.r.repo, "bin/platter-node"), b.r.store)
 	b.r.run("ip", "-n", b.ns, "address", "flush", "dev", "eth0")
 	// Its cable is a veth, and its kernel is this machine's.
 	b.r.run("sed", "-i", "/^Kind=/d", b.dir+"/root/etc/systemd/network/10-platter.network")

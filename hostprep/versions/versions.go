@@ -117,6 +117,23 @@ func Compare(a, b string) (int, error) {
 	return cmp.Compare(va.Compare(vb), 0), nil
 }
 
+// Order is Compare for sorting: what is no version comes before those that are.
+func Order(a, b string) int {
+	n, err := Compare(a, b)
+	if err == nil {
+		return n
+	}
+	_, aerr := plain(a)
+	_, berr := plain(b)
+	switch {
+	case aerr != nil && berr != nil:
+		return cmp.Compare(a, b)
+	case aerr != nil:
+		return -1
+	}
+	return 1
+}
+
 func plain(s string) (deb.Version, error) {
 	if _, rest, ok := strings.Cut(s, ":"); ok {
 		s = rest

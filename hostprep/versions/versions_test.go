@@ -137,3 +137,11 @@ func TestFile(t *testing.T) {
 		}
 	}
 }
+
+func TestOrder(t *testing.T) {
+	got := []string{"2", "10", "x y", "1.0~rc1", "1.0", ""}
+	slices.SortFunc(got, Order)
+	if want := []string{"", "x y", "1.0~rc1", "1.0", "2", "10"}; !slices.Equal(got, want) {
+		t.Errorf("sorted: %q, want %q", got, want)
+	}
+}

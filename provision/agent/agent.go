@@ -88,6 +88,7 @@ func Run(ctx context.Context, c Config) error {
 
 	facts := osFacts("/")
 	facts["os_up_ms"] = upAtStart
+	maps.Copy(facts, stagedFacts(stack.ReleasesDir))
 	withHost := func(ctx context.Context, do func(*hostprep.Host) error) error {
 		sd, err := hostprep.DialSystemd(ctx)
 		if err != nil {
@@ -121,6 +122,7 @@ func Run(ctx context.Context, c Config) error {
 		status.member = isMember
 		kinds := map[provision.OrderKind]orderKind{
 			provision.OrderDiagnose: {do: diagnosing(withHost, w), within: 3 * time.Minute},
+			provision.OrderStage:    {do: staging(plan, rep), within: 6 * time.Hour},
 		}
 		o := &orders{path: c.OrdersPath, kinds: kinds, next: node.NextOrder, rep: rep, log: c.Log, member: member, retry: c.Retry}
 		var running sync.WaitGroup

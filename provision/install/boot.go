@@ -27,7 +27,6 @@ type System struct {
 }
 
 const (
-	keysDir    = "/etc/platter/keys"
 	efivarsDir = "/sys/firmware/efi/efivars"
 	mountDir   = "/mnt/platter"
 	selfPath   = "/proc/self/exe"
@@ -112,12 +111,12 @@ func boot(ctx context.Context, sys System, report *client.Reporter) error {
 	if plan == nil {
 		return fmt.Errorf("the disc host has no plan for this machine: look at 'platter node show %s'", node.Identity().Node)
 	}
-	keys, err := ReadKeys(keysDir)
+	keys, err := ReadKeys(KeysPath)
 	if err != nil {
 		return stopped(report, "keys", err)
 	}
 	env := Env{
-		Root: "/", Mount: mountDir, Node: node, Report: report, HTTP: objectClient(), Keys: keys, Devices: devices,
+		Root: "/", Mount: mountDir, Node: node, Report: report, HTTP: ObjectClient(), Keys: keys, Devices: devices,
 		Machine: Host{}, LoadDriver: modules.Load, Prepare: sys.Prepare, Grow: disk.Grow, Executable: selfPath,
 	}
 	if efi {
@@ -133,9 +132,9 @@ func stopped(report *client.Reporter, phase string, err error) error {
 	return f
 }
 
-// objectClient fetches objects over plain HTTP: hashes protect them. Nothing
+// ObjectClient fetches objects over plain HTTP: hashes protect them. Nothing
 // leaves the rack, so no proxy is ever asked.
-func objectClient() *http.Client {
+func ObjectClient() *http.Client {
 	d := &net.Dialer{Timeout: 10 * time.Second}
 	return &http.Client{Transport: &http.Transport{
 		DialContext: d.DialContext, DisableCompression: true, MaxIdleConnsPerHost: 4,

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 
+	"aead.dev/minisign"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/sys/unix"
 
@@ -33,6 +34,8 @@ type Files struct {
 	RootUUID   string // PARTUUID of the root partition
 	ESPUUID    string // PARTUUID of the EFI system partition
 	Executable string // platter-node, copied onto the node
+	// Keys are whom the node trusts from then on.
+	Keys []minisign.PublicKey
 }
 
 // Kernelargs is the kernel command line of the installed system, for GRUB and
@@ -47,6 +50,7 @@ const (
 	PlanPath     = "/etc/platter/plan.json"
 	IdentityPath = "/etc/platter/identity.json"
 	AgentPath    = "/usr/lib/platter/platter-node"
+	KeysPath     = "/etc/platter/keys" // folder, see ReadKeys; in the initramfs too
 )
 
 const agentUnit = `[Unit]
@@ -104,6 +108,7 @@ func (f Files) Write(dir string) error {
 		t.write("etc/systemd/system/platter-agent.service", 0o644, agentUnit),
 		t.link("../platter-agent.service", "etc/systemd/system/multi-user.target.wants/platter-agent.service"),
 		t.copy(f.Executable, AgentPath[1:]),
+		f.keys(t),
 		f.resolvConf(t),
 		machineID(t),
 		hostKeys(t),
@@ -152,6 +157,19 @@ Address=%s
 	}
 	b.WriteString("DHCP=no\nIPv6AcceptRA=no\nLinkLocalAddressing=no\nConfigureWithoutCarrier=yes\n")
 	return b.String()
+}
+
+func (f Files) keys(t tree) error {
+	for _, k := range f.Keys {
+		text, err := k.MarshalText()
+		if err != nil {
+			return fmt.Errorf("trusted key %016x: %w", k.ID(), err)
+		}
+		if err := t.write(path.Join(KeysPath[1:], fmt.Sprintf("%016x.pub", k.ID())), 0o644, string(text)+"\n"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (f Files) resolvConf(t tree) error {

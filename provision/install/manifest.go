@@ -19,7 +19,7 @@ import (
 )
 
 // ReadKeys reads the public keys (*.pub, minisign) whose signature makes an
-// image trusted.
+// image, or a release of the stack, trusted.
 func ReadKeys(dir string) ([]minisign.PublicKey, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.pub"))
 	if err != nil {
@@ -38,7 +38,7 @@ func ReadKeys(dir string) ([]minisign.PublicKey, error) {
 		keys = append(keys, k)
 	}
 	if len(keys) == 0 {
-		return nil, fmt.Errorf("no trusted key in %s: build the initramfs again with the key that signs the images", dir)
+		return nil, fmt.Errorf("no trusted key in %s: build the initramfs again with the key that signs the images, then install again", dir)
 	}
 	return keys, nil
 }

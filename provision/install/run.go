@@ -303,7 +303,7 @@ func (j *job) grow(context.Context) error {
 
 func (j *job) contents() Files {
 	root, _ := j.in.Slot(provision.PartRoot)
-	f := Files{Plan: j.plan, Identity: j.Node.Identity(), RootUUID: root.ID.String(), Executable: j.Executable}
+	f := Files{Plan: j.plan, Identity: j.Node.Identity(), RootUUID: root.ID.String(), Executable: j.Executable, Keys: j.Keys}
 	if esp, ok := j.in.Slot(provision.PartESP); ok {
 		f.ESPUUID = esp.ID.String()
 	}

@@ -532,8 +532,16 @@ func TestFiles(t *testing.T) {
 	plan := newPlan()
 	f := Files{Plan: plan, Identity: client.Identity{Node: "node1", Key: "SECRET"}, RootUUID: "11111111-2222-3333-4444-555555555555",
 		ESPUUID: "66666666-2222-3333-4444-555555555555", Executable: "/bin/sh"}
+	key, _, err := minisign.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Keys = append(f.Keys, key)
 	if err := f.Write(dir); err != nil {
 		t.Fatal(err)
+	}
+	if keys, err := ReadKeys(filepath.Join(dir, KeysPath)); err != nil || len(keys) != 1 || !keys[0].Equal(key) {
+		t.Errorf("the host trusts %v, not the installer's key: %v", keys, err)
 	}
 	at := func(name string) string { return string(read(t, filepath.Join(dir, name))) }
 	first := map[string]string{}
