@@ -11,10 +11,14 @@ import (
 	"platter/provision"
 )
 
-// boxRack is a rack of boxes named node1, node2 ...
-func boxRack(t *testing.T, n int) (*rig, []*box) {
+// boxRack is a rack of boxes named node1, node2 ... with those optional
+// components.
+func boxRack(t *testing.T, n int, components ...string) (*rig, []*box) {
 	t.Helper()
 	lab, rack := fmt.Sprintf(labHead, "boxes"), rackHead
+	if len(components) > 0 {
+		rack = strings.Replace(rack, "im.e2e.example}", "im.e2e.example, components: ["+strings.Join(components, ", ")+"]}", 1)
+	}
 	for i := 1; i <= n; i++ {
 		lab += fmt.Sprintf("  - {name: node%d, mac: \"52:54:00:77:09:%02x\", cpus: 1, memory: 1GiB, disks: [{size: 8GiB}]}\n", i, i)
 		rack += fmt.Sprintf("  - {name: node%d, mac: \"52:54:00:77:09:%02x\", address: 10.77.0.%d}\n", i, i, 10+i)
@@ -32,7 +36,7 @@ func boxRack(t *testing.T, n int) (*rig, []*box) {
 			return
 		}
 		for _, b := range boxes {
-			if out, err := b.try("journalctl -b --no-pager -u platter-agent -u etcd -u patroni | cut -c1-300 | tail -60; tail -20 /var/log/ejabberd/error.log"); err == nil {
+			if out, err := b.try("journalctl -b --no-pager -u platter-agent -u etcd -u patroni -u rabbitmq-server | cut -c1-300 | tail -60; tail -20 /var/log/ejabberd/error.log"); err == nil {
 				t.Logf("%s:\n%s", b.name, out)
 			}
 		}

@@ -49,15 +49,15 @@ func TestStackFileCommands(t *testing.T) {
 		{"stack check " + dir + " --rack " + racks + "full.yaml", 0, []string{"1. db: node1\n", "2. front: node1, node2\n", "3. rabbitmq: node1\n", "4. other: not in this rack (optional)\n"}},
 		{"stack check " + broken, 1, []string{"stack.yaml has 2 mistakes", `:4:54: unknown key "neds", did you mean "needs"?`, ":9:1: unknown key"}},
 		{"stack check " + broken + " --rack " + racks + "mistakes.yaml", 1, []string{`did you mean "needs"?`, `did you mean "image"?`}}, // of both files at once
-		{"stack check --rack " + racks + "full.yaml", 1, []string{"does not fit the stack", `has no component "rabbitmq"`, `node node2 has the role "storage"`}},
+		{"stack check --rack " + racks + "full.yaml", 1, []string{"does not fit the stack", `node node1 has the role "broker"`, `node node2 has the role "storage"`}},
 		{"stack show " + dir, 0, []string{"stack lab 7\n", "COMPONENT", "etcd-server=3.5, patroni", "sql 5432, dns 53/udp (local)", "the page"}},
 		{"stack show -o xml", 1, []string{"table or json"}},
 		{"stack export " + exported, 0, []string{"is written"}},
 		{"stack export " + exported, 1, []string{"is not empty"}},
 		{"stack check " + exported, 0, []string{"is good"}},
 		{"rack check " + racks + "full.yaml --stack " + dir, 0, []string{"full.yaml is good", "stack lab 7"}},
-		{"rack check " + racks + "full.yaml", 1, []string{`has no component "rabbitmq"`}},
-		{"serve -c " + racks + "full.yaml", 1, []string{"nothing was started", `has no component "rabbitmq"`, `the role "broker"`}},
+		{"rack check " + racks + "full.yaml", 1, []string{`node node1 has the role "broker"`}},
+		{"serve -c " + racks + "full.yaml", 1, []string{"nothing was started", `the role "broker"`}},
 		{"serve -c " + racks + "full.yaml --stack " + broken, 1, []string{"nothing was started", "neds"}},
 		{"serve -c " + racks + "full.yaml --stack " + dir + "/absent", 1, []string{"cannot read the stack"}},
 	} {

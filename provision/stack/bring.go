@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -60,20 +61,25 @@ type member struct {
 }
 
 func local(plan provision.Plan) (*member, error) {
-	uid, err1 := idOf("/", "passwd", "ejabberd")
-	gid, err2 := idOf("/", "group", "ejabberd")
-	if err := errors.Join(err1, err2); err != nil {
+	command, err := commandAs("ejabberd", "/"+spool)
+	if err != nil {
 		return nil, err
 	}
-	command := func(ctx context.Context, name string, args ...string) *exec.Cmd {
+	return &member{plan: plan, root: "/", patience: 15 * time.Minute, pause: backoff, command: command,
+		eval: erlCall("ejabberd", plan.Node, netip.AddrPortFrom(plan.Net.Address.Addr(), DistPort), command)}, nil
+}
+
+// commandAs makes processes of a user of this host.
+func commandAs(user, home string) (func(ctx context.Context, name string, args ...string) *exec.Cmd, error) {
+	uid, err1 := idOf("/", "passwd", user)
+	gid, err2 := idOf("/", "group", user)
+	return func(ctx context.Context, name string, args ...string) *exec.Cmd {
 		cmd := exec.CommandContext(ctx, name, args...)
 		cmd.Dir = "/"
-		cmd.Env = []string{"HOME=/" + spool, "PATH=/usr/bin:/bin"}
+		cmd.Env = []string{"HOME=" + home, "PATH=/usr/bin:/bin"}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
 		return cmd
-	}
-	return &member{plan: plan, root: "/", patience: 15 * time.Minute, pause: backoff, command: command,
-		eval: erlCall(plan.Node, plan.Net.Address.Addr().String(), command)}, nil
+	}, errors.Join(err1, err2)
 }
 
 // backoff is the pause after the n-th wait, from 0: half a second, doubling to
@@ -325,7 +331,7 @@ func (m *member) status(ctx context.Context) (status, error) {
 func (m *member) other(ctx context.Context, node string) (status, error) {
 	for _, h := range m.plan.Hosts {
 		if h.Name == node {
-			text, err := erlCall(node, h.Address.String(), m.command)(ctx, statusExpr)
+			text, err := erlCall("ejabberd", node, netip.AddrPortFrom(h.Address, DistPort), m.command)(ctx, statusExpr)
 			if err != nil {
 				return status{}, err
 			}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"slices"
 	"strconv"
@@ -20,28 +21,28 @@ type evaluator func(ctx context.Context, expr string) (string, error)
 
 // errUnreachable: the member's machine does not answer. Every other error is
 // an answer.
-var errUnreachable = errors.New("ejabberd does not answer on its distribution port")
+var errUnreachable = errors.New("it does not answer on its distribution port")
 
-// erlCall is the evaluator over erl_call. command makes the process that runs
-// erl_call as the user ejabberd, with its home, where erl_call finds the
-// cookie. Expressions go through standard input: nothing secret is seen in a
+// erlCall is the evaluator over erl_call, for the member with its distribution
+// at addr. command makes the process that runs erl_call as the service's user,
+// with its home, where erl_call finds the cookie. Expressions go through standard input: nothing secret is seen in a
 // process list.
-func erlCall(node, addr string, command func(ctx context.Context, name string, args ...string) *exec.Cmd) evaluator {
+func erlCall(service, node string, addr netip.AddrPort, command func(ctx context.Context, name string, args ...string) *exec.Cmd) evaluator {
 	return func(ctx context.Context, expr string) (string, error) {
-		cmd := command(ctx, "/usr/bin/erl_call", "-r", "-address", addr+":"+strconv.Itoa(DistPort), "-e")
+		cmd := command(ctx, "/usr/bin/erl_call", "-r", "-address", addr.String(), "-e")
 		cmd.Stdin = strings.NewReader(expr + "\n")
 		var out, stderr bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &stderr
 		cmd.WaitDelay = time.Second
 		if err := cmd.Run(); err != nil {
 			if ctx.Err() != nil {
-				return "", fmt.Errorf("ejabberd on node %s: %w", node, context.Cause(ctx))
+				return "", fmt.Errorf("%s on node %s: %w", service, node, context.Cause(ctx))
 			}
-			return "", fmt.Errorf("node %s: %w: %s", node, errUnreachable, strings.TrimSpace(stderr.String()+" "+err.Error()))
+			return "", fmt.Errorf("%s on node %s: %w: %s", service, node, errUnreachable, strings.TrimSpace(stderr.String()+" "+err.Error()))
 		}
 		s, err := parseReply(out.String())
 		if err != nil {
-			return "", fmt.Errorf("ejabberd on node %s: %w", node, err)
+			return "", fmt.Errorf("%s on node %s: %w", service, node, err)
 		}
 		return s, nil
 	}

@@ -95,7 +95,7 @@ func (l *lab) newNode(name string, addr netip.Addr, hosts []provision.Host) *tes
 	l.run("ip", "-n", n.ns, "link", "set", "lo", "up")
 	n.proc = &service{n: n}
 	n.member = &member{plan: plan, root: filepath.Join(n.machine, "root"), unit: n.proc, patience: time.Minute,
-		pause: func(int) time.Duration { return 100 * time.Millisecond }, command: n.inside, eval: erlCall(name, addr.String(), n.inside)}
+		pause: func(int) time.Duration { return 100 * time.Millisecond }, command: n.inside, eval: erlCall("ejabberd", name, netip.AddrPortFrom(addr, DistPort), n.inside)}
 	l.t.Cleanup(n.unmount)
 	l.t.Cleanup(n.proc.kill)
 	return n

@@ -106,6 +106,8 @@ func (n *node) bring(ctx context.Context, c provision.PlacedComponent, changed b
 		}
 		m.unit = n.units("ejabberd.service")
 		return m.bring(ctx, n.sec, n.ask, n.rep)
+	case provision.MemberRabbitMQ:
+		return n.bringRabbitMQ(ctx, c)
 	case "":
 		return n.start(ctx, c)
 	}
