@@ -55,6 +55,9 @@ const (
 // on its disk, separated by commas.
 const FactStaged = "stack_staged"
 
+// FactRelease is the digest of the release that the node runs, or Installed.
+const FactRelease = "stack_release"
+
 // IsProgress tells whether the report carries nothing worth keeping: a count
 // of bytes, which repeats its phase, how far an order is, or only a sign of life.
 func (r Report) IsProgress() bool {

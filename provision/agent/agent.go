@@ -55,11 +55,28 @@ type work struct {
 	alarms  func() []string                                                // of the host, each beginning with its name and a colon
 }
 
+// errAnew ends a life of the agent that another one follows: the plan has
+// changed.
+var errAnew = errors.New("agent: the plan has changed")
+
 // Run is the agent's whole life; it returns when ctx ends or when the host was
 // not installed by Platter.
 func Run(ctx context.Context, c Config) error {
-	upAtStart := hostprep.SinceBoot()
 	c = c.withDefaults()
+	for {
+		life, end := context.WithCancelCause(ctx)
+		err := c.run(life, func() { end(errAnew) })
+		anew := context.Cause(life) == errAnew
+		end(nil)
+		if !anew || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// run is the agent's life with one plan. anew ends it for another one.
+func (c Config) run(ctx context.Context, anew func()) error {
+	upAtStart := hostprep.SinceBoot()
 	var plan provision.Plan
 	if err := readJSON(c.PlanPath, &plan); err != nil {
 		return fmt.Errorf("agent: the plan of this host: %w: reinstall the node", err)
@@ -89,6 +106,9 @@ func Run(ctx context.Context, c Config) error {
 	facts := osFacts("/")
 	facts["os_up_ms"] = upAtStart
 	maps.Copy(facts, stagedFacts(stack.ReleasesDir))
+	if r, _, err := stack.InUse(stack.ReleasesDir); err == nil {
+		facts[provision.FactRelease] = or(r, provision.Installed)
+	}
 	withHost := func(ctx context.Context, do func(*hostprep.Host) error) error {
 		sd, err := hostprep.DialSystemd(ctx)
 		if err != nil {
@@ -106,7 +126,7 @@ func Run(ctx context.Context, c Config) error {
 	w := work{
 		prepare: host((*hostprep.Host).HostSteps),
 		guests:  host((*hostprep.Host).GuestSteps),
-		bring:   func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep) },
+		bring:   func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep, anew) },
 		look:    func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
 		tend:    func(ctx context.Context, rep Reporter) (stack.Cluster, error) { return watcher.Tend(ctx, rep) },
 		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
@@ -115,6 +135,9 @@ func Run(ctx context.Context, c Config) error {
 		leave := func(context.Context, Reporter) error { return nil }
 		w.prepare, w.guests, w.alarms = leave, leave, func() []string { return nil }
 	}
+	// While a switch stops and starts the service, nobody else heals it.
+	var service sync.Mutex
+	w.tend = undisturbed(&service, w.tend)
 	status := statusReporter{rep, c.Notify, func() {}}
 	if node != nil {
 		member, isMember := context.WithCancel(context.Background())
@@ -123,6 +146,8 @@ func Run(ctx context.Context, c Config) error {
 		kinds := map[provision.OrderKind]orderKind{
 			provision.OrderDiagnose: {do: diagnosing(withHost, w), within: 3 * time.Minute},
 			provision.OrderStage:    {do: staging(plan, rep), within: 6 * time.Hour},
+			provision.OrderReleases: {do: releases, within: 2 * time.Minute},
+			provision.OrderSwitch:   {do: switching(plan, node, rep, &service, anew), within: 4 * time.Hour},
 		}
 		o := &orders{path: c.OrdersPath, kinds: kinds, next: node.NextOrder, rep: rep, log: c.Log, member: member, retry: c.Retry}
 		var running sync.WaitGroup
@@ -266,14 +291,15 @@ func sayAlarms(rep Reporter, alarms []string, before string) string {
 	return now
 }
 
-// bring makes the node a member, with secrets from its own disk or, where they
-// are missing, from the disc host.
-func bring(ctx context.Context, plan provision.Plan, node *client.Node, rep Reporter) error {
-	ask := func(ctx context.Context) (provision.Join, error) {
-		if node == nil {
-			return provision.Join{}, errors.New("this node has no identity: reinstall it")
+// bring ends a switch that was cut off, or makes the node a member, with secrets
+// from its own disk or, where they are missing, from the disc host.
+func bring(ctx context.Context, plan provision.Plan, node *client.Node, rep Reporter, anew func()) error {
+	if resumed, err := stack.ResumeSwitch(ctx, asking(node), rep); err != nil || resumed {
+		if err == nil {
+			anew()
+			err = errAnew
 		}
-		return node.Join(ctx)
+		return err
 	}
 	sec, err := stack.Secrets("/")
 	if err != nil {
@@ -287,7 +313,17 @@ func bring(ctx context.Context, plan provision.Plan, node *client.Node, rep Repo
 			return fmt.Errorf("fetching the secrets of the IM service: %w", err)
 		}
 	}
-	return stack.Bring(ctx, plan, sec, ask, rep)
+	return stack.Bring(ctx, plan, sec, asking(node), rep)
+}
+
+// asking asks the disc host for the node's part in the cluster.
+func asking(node *client.Node) func(context.Context) (provision.Join, error) {
+	return func(ctx context.Context) (provision.Join, error) {
+		if node == nil {
+			return provision.Join{}, errors.New("this node has no identity: reinstall it")
+		}
+		return node.Join(ctx)
+	}
 }
 
 // failure gives every error a name.

@@ -258,19 +258,48 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// enable makes unit start at boot below root.
-func enable(root, unit string) error {
+// wants is the link below root that makes unit start at boot.
+func wants(root, unit string) string {
 	target := "multi-user.target"
 	if strings.HasSuffix(unit, ".socket") {
 		target = "sockets.target"
 	}
-	dir := filepath.Join(root, "etc/systemd/system", target+".wants")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	return filepath.Join(root, "etc/systemd/system", target+".wants", unit)
+}
+
+// enable makes unit start at boot below root.
+func enable(root, unit string) error {
+	link := wants(root, unit)
+	if err := os.MkdirAll(filepath.Dir(link), 0o755); err != nil {
 		return err
 	}
-	err := os.Symlink("/usr/lib/systemd/system/"+unit, filepath.Join(dir, unit))
+	err := os.Symlink("/usr/lib/systemd/system/"+unit, link)
 	if errors.Is(err, fs.ErrExist) {
 		return nil
 	}
-	return errors.Join(err, syncDir(dir))
+	return errors.Join(err, syncDir(filepath.Dir(link)))
+}
+
+// disable takes back what enable did.
+func disable(root, unit string) error {
+	link := wants(root, unit)
+	err := os.Remove(link)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return errors.Join(err, syncDir(filepath.Dir(link)))
+}
+
+// groupOf is the number of the user's own group in the file passwd below root.
+func groupOf(root, user string) (int, error) {
+	b, err := os.ReadFile(filepath.Join(root, "etc/passwd"))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Split(line, ":"); len(f) > 3 && f[0] == user {
+			return strconv.Atoi(f[3])
+		}
+	}
+	return 0, fmt.Errorf("/etc/passwd has no %s", user)
 }

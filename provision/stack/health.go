@@ -1,9 +1,11 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -41,6 +43,58 @@ func newProber(plan provision.Plan, sec provision.StackSecrets) (*prober, error)
 			DisableKeepAlives: true,
 		},
 	}}, nil
+}
+
+// control is patroni's REST API on this node.
+func (p *prober) control(path string) string {
+	return "https://" + p.view.Address.String() + ":8008/" + path
+}
+
+// primary tells whether this node's database takes writes.
+func (p *prober) primary(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, checkLimit)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.control("primary"), nil)
+	if err != nil {
+		return false
+	}
+	resp, err := p.client.Do(req)
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return resp.StatusCode == http.StatusOK
+}
+
+// switchover has another node's database take the writes (patroni's REST API,
+// POST /switchover); this node's takes them now.
+func (p *prober) switchover(ctx context.Context) error {
+	secret, err := p.view.Secret("postgresql-control")
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	body, err := json.Marshal(map[string]string{"leader": p.view.Node})
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.control("switchover"), bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.SetBasicAuth("platter", secret)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := p.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	answer, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
+	if resp.StatusCode/100 != 2 {
+		return fmt.Errorf("patroni answers %s: %s", resp.Status, answer)
+	}
+	return nil
 }
 
 // check asks whether the component serves on this node. One that names no way

@@ -104,7 +104,7 @@ func (n *node) bring(ctx context.Context, c provision.PlacedComponent, changed b
 		if err != nil {
 			return err
 		}
-		m.unit = n.units("ejabberd.service")
+		m.unit, m.patience = n.units("ejabberd.service"), n.patience
 		return m.bring(ctx, n.sec, n.ask, n.rep)
 	case provision.MemberRabbitMQ:
 		return n.bringRabbitMQ(ctx, c)
@@ -128,6 +128,12 @@ func (n *node) start(ctx context.Context, c provision.PlacedComponent) error {
 			}
 			return n.p.check(ctx, c)
 		})
+}
+
+// healthy waits until the component, which runs, serves.
+func (n *node) healthy(ctx context.Context, c provision.PlacedComponent) error {
+	return n.patiently(ctx, "stack-"+c.Name, fmt.Sprintf("%s on node %s does not become healthy", c.Name, n.plan.Node),
+		fmt.Sprintf("Look at 'journalctl -u %s' on the node", c.Units[len(c.Units)-1]), func(ctx context.Context) error { return n.p.check(ctx, c) })
 }
 
 // patiently tries until it works or has not for the node's patience; then the

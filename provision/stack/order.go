@@ -37,6 +37,7 @@ func order(plan provision.Plan, c provision.PlacedComponent, unit string) string
 	if len(after) > 0 {
 		fmt.Fprintf(&s, "After=%s\n", strings.Join(after, " "))
 	}
+	fmt.Fprintf(&s, "# There while the component is changed.\nConditionPathExists=!/%s%s\n", holdDir, c.Name)
 	if slices.Contains(gated, c.Member) {
 		fmt.Fprintf(&s, "# The agent makes it once this node has its part in the cluster.\nConditionPathExists=/%s%s\n", memberDir, c.Name)
 	}

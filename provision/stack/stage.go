@@ -184,10 +184,11 @@ func (j *staging) share(context.Context) error {
 	return nil
 }
 
-// prune removes releases that nobody goes back to.
+// prune removes releases that nobody goes back to. While the node may go back to
+// what the install brought, any of them may hold the packages that this takes.
 func (j *staging) prune(context.Context) error {
 	current, previous, err := InUse(j.Dir)
-	if err != nil {
+	if err != nil || current == "" || previous == "" {
 		return err
 	}
 	entries, err := os.ReadDir(j.Dir)
