@@ -68,6 +68,10 @@ image: deps build $(KEY) ## build the OS image and the installer's initramfs int
 	bin/platter image build debian-13 --store $(STORE) --key $(KEY) --lock images/debian-13.lock --work build/image
 	bin/platter image initramfs --store $(STORE) --key $(KEY) --node bin/platter-node --work build/image
 
+.PHONY: release
+release: image ## build the release of the built-in stack into build/store, for nodes that are to change to it
+	bin/platter stack build --store $(STORE) --key $(KEY) --lock images/stack.lock --work build/image
+
 .PHONY: demo
 demo: image ## two blank VMs become an IM cluster, ending with a delivered message
 	vmtest/demo/run.sh up

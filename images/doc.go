@@ -14,6 +14,9 @@
 // are compressed and hashed each on its own and lie one after the other in one
 // pack. Frames of zeros are left out. BuildInitramfs makes what a node boots
 // over the network: u-root, platter-node and the drivers of servers.
+// BuildRelease puts together what a stack needs beyond an image: Debian packages,
+// with an index for apt, and container archives (see provision.Release). The refs
+// stack@VERSION name releases, stack the newest.
 //
 // Signatures are minisign's (https://jedisct1.github.io/minisign/), so that
 // anybody can check an image without Platter.

@@ -48,8 +48,13 @@ func parseLock(text []byte) (map[string]string, error) {
 }
 
 func formatLock(name string, lock map[string]string) []byte {
+	return lockText("the image "+name, "platter image build", lock)
+}
+
+// lockText is the lock file of what, which command builds.
+func lockText(what, command string, lock map[string]string) []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "# Exact package versions of the image %s. 'platter image build' keeps to them;\n# 'platter image build --update' moves to the newest and rewrites this file.\n", name)
+	fmt.Fprintf(&b, "# Exact package versions of %s. '%s' keeps to them;\n# '%s --update' moves to the newest and rewrites this file.\n", what, command, command)
 	for _, p := range slices.Sorted(maps.Keys(lock)) {
 		fmt.Fprintf(&b, "%s %s\n", p, lock[p])
 	}

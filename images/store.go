@@ -195,9 +195,10 @@ func (s *Store) publish(name string, manifest any, inputs string, key secretKey)
 	return o.Hash, s.writeRef(name, ref{Digest: o.Hash, Inputs: inputs})
 }
 
-// refName is one or two words: debian-13, boot/amd64.
+// refName is one or two words, or a version of the stack: debian-13, boot/amd64,
+// stack@2.0-1.
 var (
-	refName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$`)
+	refName = regexp.MustCompile(`^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?|stack@[0-9][A-Za-z0-9.+~-]*)$`)
 	hexHash = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )
 

@@ -18,7 +18,7 @@ import (
 	"platter/provision"
 )
 
-// Verify reads every byte that name stands for, an image or boot/ARCH, and
+// Verify reads every byte that name stands for, an image, boot/ARCH, or stack, and
 // names the first that is wrong by object and offset. progress, which may be
 // nil, is told bytes read of all.
 func (s *Store) Verify(ctx context.Context, name string, progress func(done, total int64)) error {
@@ -40,6 +40,21 @@ func (s *Store) Verify(ctx context.Context, name string, progress func(done, tot
 			}
 			done += o.Size
 			progress(done, total)
+		}
+		return nil
+	}
+	if version, ok := ReleaseOf(name); ok {
+		_, r, err := s.Release(version)
+		if err != nil {
+			return err
+		}
+		done := int64(0)
+		for _, f := range r.Files {
+			if err := s.verifyObject(ctx, provision.Object{Hash: f.Digest, Size: f.Size}, fmt.Sprintf("file %s of release %s", f.Name, r.Version)); err != nil {
+				return err
+			}
+			done += f.Size
+			progress(done, r.Size())
 		}
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"time"
 )
 
 // Release is the signed manifest of one version of a stack: the checked stack
@@ -18,8 +19,9 @@ type Release struct {
 	Format  int           `json:"format"`  // ReleaseFormat
 	Name    string        `json:"name"`    // the stack's
 	Version string        `json:"version"` // the stack's
-	Stack   Stack         `json:"stack"`
-	Files   []ReleaseFile `json:"files"` // sorted by Name, which is unique
+	Image   ImageRef      `json:"image"`   // of the nodes; what it has is not among the files, but for packages that the stack names
+	Stack   Stack         `json:"stack"`   // every package with its exact version
+	Files   []ReleaseFile `json:"files"`   // sorted by Name, which is unique
 }
 
 // ReleaseFormat is the value of Release.Format.
@@ -109,6 +111,18 @@ func (r *Release) Size() (bytes int64) {
 		bytes += f.Size
 	}
 	return bytes
+}
+
+// StoredRelease is a release in the disc host's store.
+type StoredRelease struct {
+	ReleaseRef
+	Name       string    `json:"name"`       // the stack's
+	Components []string  `json:"components"` // in the order in which they start
+	Image      string    `json:"image"`
+	Files      int       `json:"files"`
+	Size       int64     `json:"size"` // bytes of all files
+	Built      time.Time `json:"built"`
+	Nodes      []string  `json:"nodes"` // that have it whole on their disks
 }
 
 // Staged says which releases a node has on its disk.

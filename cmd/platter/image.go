@@ -164,6 +164,15 @@ func imageListCmd(open openStore) *cobra.Command {
 					fmt.Fprintf(w, "%s\t\t%s\t%.1f MB\t%.16s\n", name, set.Release, float64(set.Kernel.Size+set.Initramfs.Size)/1e6, set.Initramfs.Hash)
 					continue
 				}
+				if version, ok := images.ReleaseOf(name); ok {
+					ref, r, err := s.Release(version)
+					if err != nil {
+						bad = append(bad, err)
+						continue
+					}
+					fmt.Fprintf(w, "%s\t%s\t\t%.1f MB\t%.16s\n", name, r.Version, float64(r.Size())/1e6, ref.Digest)
+					continue
+				}
 				ref, im, err := s.Image(name)
 				if err != nil {
 					bad = append(bad, err)

@@ -17,7 +17,7 @@ import (
 const notWhole = said(3)
 
 func stackCmd() *cobra.Command {
-	c := &cobra.Command{Use: "stack", Short: "Look at the IM cluster and probe it; work with stack files"}
+	c := &cobra.Command{Use: "stack", Short: "Look at the IM cluster and probe it; work with stack files and their releases"}
 	op := withOperator(c)
 	var output string
 
@@ -103,6 +103,7 @@ Exit codes: 0 everything works, 1 a probe failed; it says what to do next.`,
 	}
 	c.AddCommand(status, probe)
 	c.AddCommand(stackFileCmds()...)
+	c.AddCommand(releaseCmds(op)...)
 	return c
 }
 

@@ -111,6 +111,14 @@ func stream[T any](ctx context.Context, o *Operator, method, path, end string) i
 	}
 }
 
+// Releases returns the releases of the stack that the disc host has, the newest
+// first, and the nodes that have them.
+func (o *Operator) Releases(ctx context.Context) ([]provision.StoredRelease, error) {
+	var out []provision.StoredRelease
+	err := o.call(ctx, http.MethodGet, "/v1/stack/releases", nil, &out)
+	return out, err
+}
+
 // Orders returns the orders of the node, or of every node of the rack where
 // name is empty, oldest first, without their args and results.
 func (o *Operator) Orders(ctx context.Context, name string) ([]provision.OrderStatus, error) {

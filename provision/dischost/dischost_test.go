@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -60,8 +61,9 @@ const mac1, mac2, mac3, mac9 = provision.MAC("52:54:00:00:00:01"), provision.MAC
 
 // fakeImages is an image store that a test can empty.
 type fakeImages struct {
-	mu  sync.Mutex
-	err error
+	mu   sync.Mutex
+	err  error
+	list []provision.StoredRelease
 }
 
 func (f *fakeImages) set(err error) { f.mu.Lock(); defer f.mu.Unlock(); f.err = err }
@@ -78,6 +80,12 @@ func (f *fakeImages) Boot(arch string) (images.BootSet, error) {
 	}
 	return images.BootSet{Kernel: provision.Object{Hash: strings.Repeat("01", 32)}, Initramfs: provision.Object{Hash: strings.Repeat("02", 32)},
 		Local: provision.Object{Hash: strings.Repeat("03", 32)}}, nil
+}
+
+func (f *fakeImages) Releases() ([]provision.StoredRelease, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.list), f.err
 }
 
 // lab is a disc host that can be stopped and started on the same state: real

@@ -36,6 +36,7 @@ const (
 type Images interface {
 	Image(name string) (provision.ImageRef, *provision.Image, error)
 	Boot(arch string) (images.BootSet, error)
+	Releases() ([]provision.StoredRelease, error)
 }
 
 // Config is what a Host works with. Every field is needed.

@@ -24,6 +24,7 @@ func (h *Host) OperatorAPI() http.Handler {
 	mux.Handle("POST /v1/nodes/{name}/withdraw", answer(h.withdraw))
 	mux.Handle("POST /v1/nodes/{name}/approve", answer(h.approve))
 	mux.Handle("POST /v1/stack/probe", answer(h.probeStack))
+	mux.Handle("GET /v1/stack/releases", answer(h.releases))
 	mux.Handle("GET /v1/orders", answer(h.listOrders))
 	mux.Handle("POST /v1/orders", answer(h.giveOrder))
 	mux.Handle("GET /v1/orders/{id}", answer(h.followOrder))

@@ -8,6 +8,8 @@
 //   - Bring finds this node's part in every component's cluster, forms or joins
 //     it, and sees all of them healthy. Killed at any point, Bring run again ends
 //     well.
+//   - Staging brings a release of the stack onto the node's disk, verified;
+//     Release reads it there.
 //   - Switch takes the node from one release of the stack to another one, wholly
 //     or not at all; ResumeSwitch ends, at a boot, one that was cut off.
 //   - Look tells which members of ejabberd's cluster run; Watcher also heals one
