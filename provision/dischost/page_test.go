@@ -1,15 +1,12 @@
 package dischost
 
 import (
-	"bufio"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -17,6 +14,7 @@ import (
 	"time"
 
 	"platter/provision"
+	"platter/vmtest/browser"
 )
 
 func TestPageHeaders(t *testing.T) {
@@ -183,186 +181,17 @@ func (s *rackServer) setDown(down bool) {
 	}
 }
 
-// browser is a page in a real browser, spoken to over its debugging pipe.
-type browser struct {
-	t       *testing.T
-	w       io.Writer
-	r       *bufio.Reader
-	session string
-	id      int
-	console []string // what the page complained about
-}
-
 // openBrowser opens url in a new headless Chromium.
-func openBrowser(t *testing.T, url string, width, height int, scheme string) *browser {
+func openBrowser(t *testing.T, url string, width, height int, scheme string) *browser.Browser {
 	t.Helper()
-	path, err := exec.LookPath("chromium")
-	if err != nil {
-		t.Fatalf("the page is tested in a real browser: install Debian's package chromium: %v", err)
-	}
-	toR, toW, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	fromR, fromW, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-		"--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-		"--remote-debugging-pipe", "--user-data-dir="+filepath.Join(t.TempDir(), "profile"))
-	cmd.ExtraFiles = []*os.File{toR, fromW} // descriptors 3 and 4
-	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "HOME="+t.TempDir())
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	toR.Close()
-	fromW.Close()
-	b := &browser{t: t, w: toW, r: bufio.NewReader(fromR)}
-	fromR.SetReadDeadline(time.Now().Add(2 * time.Minute))
-	t.Cleanup(func() {
-		fmt.Fprintf(b.w, `{"id":999999,"method":"Browser.close"}`+"\x00")
-		ended := make(chan struct{})
-		go func() { cmd.Wait(); close(ended) }()
-		go io.Copy(io.Discard, fromR)
-		select {
-		case <-ended:
-		case <-time.After(20 * time.Second):
-			cmd.Process.Kill()
-			<-ended
-		}
-		toW.Close()
-		fromR.Close()
-	})
-	var target struct {
-		TargetID string `json:"targetId"`
-	}
-	b.call("Target.createTarget", map[string]any{"url": "about:blank"}, &target)
-	var session struct {
-		SessionID string `json:"sessionId"`
-	}
-	b.call("Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &session)
-	b.session = session.SessionID
-	b.call("Runtime.enable", map[string]any{}, nil)
-	b.call("Log.enable", map[string]any{}, nil)
-	b.call("Page.enable", map[string]any{}, nil)
-	b.call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}, nil)
-	b.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
-	b.call("Page.navigate", map[string]any{"url": url}, nil)
-	return b
-}
-
-// call sends one command and reads its result into out.
-func (b *browser) call(method string, params any, out any) {
-	b.t.Helper()
-	b.id++
-	msg, err := json.Marshal(map[string]any{"id": b.id, "method": method, "params": params, "sessionId": b.session})
-	if b.session == "" {
-		msg, err = json.Marshal(map[string]any{"id": b.id, "method": method, "params": params})
-	}
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	if _, err := b.w.Write(append(msg, 0)); err != nil {
-		b.t.Fatalf("the browser is gone: %v", err)
-	}
-	for {
-		raw, err := b.r.ReadBytes(0)
-		if err != nil {
-			b.t.Fatalf("%s: the browser does not answer: %v", method, err)
-		}
-		var m struct {
-			ID     int
-			Method string
-			Params json.RawMessage
-			Result json.RawMessage
-			Error  *struct{ Message string }
-		}
-		if err := json.Unmarshal(raw[:len(raw)-1], &m); err != nil {
-			b.t.Fatal(err)
-		}
-		switch {
-		case m.Method == "Runtime.exceptionThrown" || m.Method == "Log.entryAdded" && strings.Contains(string(m.Params), "ecurity"):
-			b.console = append(b.console, string(m.Params))
-		case m.ID == b.id && m.Error != nil:
-			b.t.Fatalf("%s: %s", method, m.Error.Message)
-		case m.ID == b.id:
-			if out != nil {
-				if err := json.Unmarshal(m.Result, out); err != nil {
-					b.t.Fatal(err)
-				}
-			}
-			return
-		}
-	}
-}
-
-// eval returns the value of a JavaScript expression, which may be a promise.
-func (b *browser) eval(expr string) any {
-	b.t.Helper()
-	var r struct {
-		Result           struct{ Value any }
-		ExceptionDetails *struct {
-			Text      string
-			Exception struct{ Description string }
-		}
-	}
-	b.call("Runtime.evaluate", map[string]any{"expression": expr, "awaitPromise": true, "returnByValue": true, "userGesture": true}, &r)
-	if r.ExceptionDetails != nil {
-		b.t.Fatalf("%s: %s %s", expr, r.ExceptionDetails.Text, r.ExceptionDetails.Exception.Description)
-	}
-	return r.Result.Value
-}
-
-// await waits until the page makes a condition true.
-func (b *browser) await(cond string) {
-	b.t.Helper()
-	ok := b.eval(`new Promise(resolve => {
-		const check = () => { try { return ` + cond + ` } catch { return false } };
-		if (check()) return resolve(true);
-		const seen = new MutationObserver(() => { if (check()) { seen.disconnect(); resolve(true); } });
-		seen.observe(document, { subtree: true, childList: true, attributes: true, characterData: true });
-		setTimeout(() => resolve(false), 30000);
-	})`)
-	if ok != true {
-		b.t.Fatalf("never true: %s\nthe page shows:\n%v\n%s", cond, b.eval("document.body.innerText"), strings.Join(b.console, "\n"))
-	}
-}
-
-// text is what a user reads in the element.
-func (b *browser) text(selector string) string {
-	b.t.Helper()
-	s, _ := b.eval(fmt.Sprintf("document.querySelector(%q).innerText", selector)).(string)
-	return s
-}
-
-// press sends a key to what has the focus.
-func (b *browser) press(key string, code int) {
-	b.t.Helper()
-	for _, kind := range []string{"keyDown", "keyUp"} {
-		p := map[string]any{"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
-		if key == "Enter" && kind == "keyDown" {
-			p["text"] = "\r"
-		}
-		b.call("Input.dispatchKeyEvent", p, nil)
-	}
+	return browser.Open(t, url, browser.Options{Width: width, Height: height, Scheme: scheme})
 }
 
 // screenshot writes a picture to the folder PAGE_SCREENSHOTS, if that is set,
 // for people to look at.
-func (b *browser) screenshot(name string) {
-	dir := os.Getenv("PAGE_SCREENSHOTS")
-	if dir == "" {
-		return
-	}
-	var r struct{ Data string }
-	b.call("Page.captureScreenshot", map[string]any{"format": "png"}, &r)
-	png, err := base64.StdEncoding.DecodeString(r.Data)
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, name+".png"), png, 0o644)
-	}
-	if err != nil {
-		b.t.Error(err)
+func screenshot(b *browser.Browser, name string) {
+	if dir := os.Getenv("PAGE_SCREENSHOTS"); dir != "" {
+		b.Screenshot(filepath.Join(dir, name+".png"))
 	}
 }
 
@@ -397,8 +226,8 @@ func TestPageInBrowser(t *testing.T) {
 		{ID: 3, Time: now, Kind: provision.EventReport, Node: "n2", Generation: 1, Report: &provision.Report{Log: "the disk is /dev/vda"}},
 	}
 	b := openBrowser(t, srv.URL, 1600, 1000, "dark")
-	b.await(`document.querySelectorAll('#nodes > .node').length === 5 && !document.querySelector('#strangers').hidden`)
-	b.screenshot("dark")
+	b.Await(`document.querySelectorAll('#nodes > .node').length === 5 && !document.querySelector('#strangers').hidden`)
+	screenshot(b, "dark")
 
 	// What a person reads.
 	for selector, want := range map[string][]string{
@@ -412,18 +241,18 @@ func TestPageInBrowser(t *testing.T) {
 		"#strangers .node":    {"52:54:00:99:99:99", "platter node approve 52:54:00:99:99:99 n5", "inventory: 2 disks"},
 		"#strangers .command": {"platter node approve 52:54:00:99:99:99 n5"},
 	} {
-		got := b.text(selector)
+		got := b.Text(selector)
 		for _, w := range want {
 			if !strings.Contains(got, w) {
 				t.Errorf("%s does not show %q:\n%s", selector, w, got)
 			}
 		}
 	}
-	if got := b.eval(`document.title`); got != "1 failed, 1 of 5 ready – Platter" {
+	if got := b.Eval(`document.title`); got != "1 failed, 1 of 5 ready – Platter" {
 		t.Errorf("title %q", got)
 	}
 	// 300 MiB in 10 s, and however long the browser took to start.
-	if got := b.text(`[data-node="n2"] .rate`); strings.Contains(got, " 0 B/s") || !strings.Contains(got, "300 MiB of 1.0 GiB") {
+	if got := b.Text(`[data-node="n2"] .rate`); strings.Contains(got, " 0 B/s") || !strings.Contains(got, "300 MiB of 1.0 GiB") {
 		t.Errorf("rate %q", got)
 	}
 
@@ -431,38 +260,38 @@ func TestPageInBrowser(t *testing.T) {
 	n2 := states[1]
 	n2.Done = 650 << 20
 	srv.set(n2)
-	b.await(`document.querySelector('[data-node="n2"] .percent').textContent === '65 %' && document.querySelector('[data-node="n2"] progress').value === 650 * 1048576`)
+	b.Await(`document.querySelector('[data-node="n2"] .percent').textContent === '65 %' && document.querySelector('[data-node="n2"] progress').value === 650 * 1048576`)
 	n2.Stage, n2.Phase, n2.Total, n2.Done, n2.InstalledAt = provision.StageInstalled, "", 0, 0, n2.BootedAt.Add(100*time.Second)
 	n2.LastLog = `<img src=x onerror="document.title='pwned'"><script>document.title='pwned'</script> ${1}`
 	srv.set(n2)
-	b.await(`document.querySelector('[data-node="n2"]').dataset.stage === 'installed'`)
-	if got := b.text(`[data-node="n2"]`); !strings.Contains(got, "1:40") || !strings.Contains(got, "<img src=x onerror=") || strings.Contains(got, "%") {
+	b.Await(`document.querySelector('[data-node="n2"]').dataset.stage === 'installed'`)
+	if got := b.Text(`[data-node="n2"]`); !strings.Contains(got, "1:40") || !strings.Contains(got, "<img src=x onerror=") || strings.Contains(got, "%") {
 		t.Errorf("after the install:\n%s", got)
 	}
-	if got := b.eval(`document.querySelectorAll('.node img, .node script').length`); got != 0.0 {
+	if got := b.Eval(`document.querySelectorAll('.node img, .node script').length`); got != 0.0 {
 		t.Error("text of a node became markup")
 	}
-	if got := b.text("#announce"); got != "n2: installed" {
+	if got := b.Text("#announce"); got != "n2: installed" {
 		t.Errorf("announced %q", got)
 	}
 
 	// The log, by keyboard alone.
-	b.eval(`document.querySelector('[data-node="n2"] .name').focus()`)
-	b.press("Enter", 13)
-	b.await(`document.querySelector('#log').open && document.querySelector('#log-lines').innerText.includes('the disk is /dev/vda')`)
+	b.Eval(`document.querySelector('[data-node="n2"] .name').focus()`)
+	b.Press("Enter", 13)
+	b.Await(`document.querySelector('#log').open && document.querySelector('#log-lines').innerText.includes('the disk is /dev/vda')`)
 	srv.send(sse("", 4, provision.Event{ID: 4, Time: now, Kind: provision.EventReport, Node: "n2", Generation: 1, Report: &provision.Report{Log: "the ${last} line <b>of</b> all"}}))
 	srv.send(sse("", 5, provision.Event{ID: 5, Time: now, Kind: provision.EventReport, Node: "n1", Generation: 1, Report: &provision.Report{Log: "of another node"}}))
 	srv.send(sse("", 6, provision.Event{ID: 6, Time: now, Kind: provision.EventReport, Node: "n2", Generation: 1,
 		Report: &provision.Report{Failure: &provision.Failure{Code: "c", Message: "it broke", Next: "Mend it."}}}))
-	b.await(`document.querySelector('#log-lines').innerText.includes('Mend it.')`)
-	b.screenshot("log")
-	if got := b.text("#log-lines"); !strings.Contains(got, "Asked to boot") || !strings.Contains(got, "the ${last} line <b>of</b> all") || strings.Contains(got, "of another node") ||
+	b.Await(`document.querySelector('#log-lines').innerText.includes('Mend it.')`)
+	screenshot(b, "log")
+	if got := b.Text("#log-lines"); !strings.Contains(got, "Asked to boot") || !strings.Contains(got, "the ${last} line <b>of</b> all") || strings.Contains(got, "of another node") ||
 		strings.Count(got, "the disk is") != 1 {
 		t.Errorf("log:\n%s", got)
 	}
-	b.press("Escape", 27)
-	b.await(`!document.querySelector('#log').open`)
-	if got := b.eval(`document.activeElement.closest('.node')?.dataset.node`); got != "n2" {
+	b.Press("Escape", 27)
+	b.Await(`!document.querySelector('#log').open`)
+	if got := b.Eval(`document.activeElement.closest('.node')?.dataset.node`); got != "n2" {
 		t.Errorf("after the log the focus is on %v", got)
 	}
 
@@ -470,33 +299,33 @@ func TestPageInBrowser(t *testing.T) {
 	n5 := states[4]
 	n5.MAC = states[5].MAC
 	srv.set(n5)
-	b.await(`document.querySelector('#strangers .command').textContent === 'platter node approve 52:54:00:99:99:99 NAME'`)
+	b.Await(`document.querySelector('#strangers .command').textContent === 'platter node approve 52:54:00:99:99:99 NAME'`)
 	srv.mu.Lock()
 	srv.states = srv.states[:5]
 	srv.mu.Unlock()
 	srv.send(sse("state", 0, provision.State{Name: states[5].Name}))
-	b.await(`document.querySelector('#strangers').hidden`)
+	b.Await(`document.querySelector('#strangers').hidden`)
 
 	// The disc host goes away, things change meanwhile, and it comes back.
 	srv.setDown(true)
-	b.await(`!document.querySelector('#lost').hidden`)
-	if got := b.text("#lost"); !strings.Contains(got, "Disc host not reachable") || !strings.Contains(got, "for 0:0") {
+	b.Await(`!document.querySelector('#lost').hidden`)
+	if got := b.Text("#lost"); !strings.Contains(got, "Disc host not reachable") || !strings.Contains(got, "for 0:0") {
 		t.Errorf("banner %q", got)
 	}
-	b.screenshot("lost")
+	screenshot(b, "lost")
 	srv.mu.Lock()
 	srv.states = srv.states[:4]
 	srv.states[1].Stage, srv.states[1].ReadyAt = provision.StageReady, n2.BootedAt.Add(200*time.Second)
 	srv.mu.Unlock()
 	srv.setDown(false)
-	b.await(`document.querySelector('#lost').hidden && document.querySelector('[data-node="n2"]').dataset.stage === 'ready'`)
-	if got := b.eval(`document.querySelectorAll('.node').length`); got != 4.0 {
+	b.Await(`document.querySelector('#lost').hidden && document.querySelector('[data-node="n2"]').dataset.stage === 'ready'`)
+	if got := b.Eval(`document.querySelectorAll('.node').length`); got != 4.0 {
 		t.Errorf("%v nodes after the return, want 4", got)
 	}
-	if got := b.text("#summary"); got != "2 of 4 ready" {
+	if got := b.Text("#summary"); got != "2 of 4 ready" {
 		t.Errorf("summary %q", got)
 	}
-	for _, c := range b.console {
+	for _, c := range b.Console() {
 		t.Errorf("the browser complains: %s", c)
 	}
 
@@ -506,8 +335,8 @@ func TestPageInBrowser(t *testing.T) {
 		st.Name, st.Slot = fmt.Sprintf("node-%02d", i), fmt.Sprintf("unit %d", i)
 		srv.set(st)
 	}
-	b.await(`document.querySelectorAll('.node').length === 24`)
-	b.screenshot("many")
+	b.Await(`document.querySelectorAll('.node').length === 24`)
+	screenshot(b, "many")
 }
 
 // TestPageOnPhone: in a narrow window nothing is cut off, in light colours
@@ -515,21 +344,21 @@ func TestPageInBrowser(t *testing.T) {
 func TestPageOnPhone(t *testing.T) {
 	srv := newRackServer(t, rackStates(time.Now())...)
 	b := openBrowser(t, srv.URL, 390, 844, "light")
-	b.await(`document.querySelectorAll('#nodes > .node').length === 5`)
-	b.screenshot("phone")
-	b.eval(`document.querySelector('[data-node="n1"] .name').click()`)
-	b.await(`document.querySelector('#log-facts').innerText.includes('31.3 s')`)
-	if got := b.text("#log-facts"); !strings.Contains(got, "52:54:00:12:34:01") || !strings.Contains(got, "SAMSUNG") {
+	b.Await(`document.querySelectorAll('#nodes > .node').length === 5`)
+	screenshot(b, "phone")
+	b.Eval(`document.querySelector('[data-node="n1"] .name').click()`)
+	b.Await(`document.querySelector('#log-facts').innerText.includes('31.3 s')`)
+	if got := b.Text("#log-facts"); !strings.Contains(got, "52:54:00:12:34:01") || !strings.Contains(got, "SAMSUNG") {
 		t.Errorf("facts:\n%s", got)
 	}
-	b.screenshot("phone-log")
-	b.eval(`document.querySelector('#log-close').click()`)
-	if got := b.eval(`document.documentElement.scrollWidth`); got != 390.0 {
+	screenshot(b, "phone-log")
+	b.Eval(`document.querySelector('#log-close').click()`)
+	if got := b.Eval(`document.documentElement.scrollWidth`); got != 390.0 {
 		t.Errorf("the page is %v pixels wide on a phone of 390", got)
 	}
 	for _, scheme := range []string{"light", "dark"} {
-		b.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
-		low := b.eval(`(() => {
+		b.Call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
+		low := b.Eval(`(() => {
 			const rgb = c => c.match(/[\d.]+/g).map(Number);
 			const lum = c => { const [r, g, b] = rgb(c).slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
 			const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (rgb(c).length < 4 || rgb(c)[3] > 0) return c; } };
@@ -545,7 +374,7 @@ func TestPageOnPhone(t *testing.T) {
 			t.Errorf("contrast below 4.5 in %s:\n%v", scheme, low)
 		}
 	}
-	for _, c := range b.console {
+	for _, c := range b.Console() {
 		t.Errorf("the browser complains: %s", c)
 	}
 }
