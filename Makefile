@@ -16,7 +16,7 @@ export CGO_ENABLED = 0
 PACKAGES := curl e2fsprogs dosfstools mtools zstd xz-utils iproute2 openssh-client netbase \
 	ipxe mmdebstrap debian-archive-keyring gpg arch-test \
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
-TEST_PACKAGES := systemd dbus-daemon fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
+TEST_PACKAGES := systemd dbus-daemon fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium libnss3-tools nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
 BENCH_PACKAGES := kexec-tools cpio busybox-static
 
 # Everything that goes into the programs, embedded files too.

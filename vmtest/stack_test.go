@@ -36,6 +36,9 @@ func boxRack(t *testing.T, n int, components ...string) (*rig, []*box) {
 			return
 		}
 		for _, b := range boxes {
+			if b.process == nil {
+				continue
+			}
 			if out, err := b.try("journalctl -b --no-pager -u platter-agent -u etcd -u patroni -u rabbitmq-server | cut -c1-300 | tail -60; tail -20 /var/log/ejabberd/error.log"); err == nil {
 				t.Logf("%s:\n%s", b.name, out)
 			}

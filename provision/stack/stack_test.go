@@ -155,7 +155,7 @@ func TestConfiguration(t *testing.T) {
 			}
 		}
 	}
-	if url := conf.Modules.Upload.URL; url != "https://10.1.2.3:5443/upload" || len(conf.ACL["probe"].User) != 2 {
+	if url := conf.Modules.Upload.URL; url != "https://10.1.2.3/upload" || len(conf.ACL["probe"].User) != 2 {
 		t.Errorf("files have the address %s; probes are %v", url, conf.ACL["probe"])
 	}
 	if want := "inet_dist_use_interface {10,1,2,3}"; !strings.Contains(text["etc/ejabberd/vm.args"], want) {

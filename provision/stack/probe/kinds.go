@@ -330,7 +330,7 @@ func (r run) upload(ctx context.Context) (time.Duration, error) {
 		resp, err := client.Do(req)
 		if err != nil {
 			return 0, &provision.Failure{Message: fmt.Sprintf("node %s: %s of a file over HTTPS: %v", r.From.Node, req.Method, bare(err)),
-				Next: fmt.Sprintf("See that port %s of node %s is reached; a certificate that does not name %s is renewed by 'platter node reinstall %s'", req.URL.Port(), r.From.Node, node, r.From.Node)}
+				Next: fmt.Sprintf("See that https://%s of node %s is reached; a certificate that does not name %s is renewed by 'platter node reinstall %s'", req.URL.Host, r.From.Node, node, r.From.Node)}
 		}
 		back, err = io.ReadAll(io.LimitReader(resp.Body, fileSize+1))
 		resp.Body.Close()

@@ -1,0 +1,59 @@
+// Written by Platter.
+'use strict';
+
+// Converse's own parts here lead out of the rack: links to its makers and logos of
+// its sponsors, fetched from them. An element that is defined already stays.
+const part = (name, fill) => customElements.define(name, class extends HTMLElement {
+  connectedCallback() { this.replaceChildren(...fill()); }
+});
+const element = (tag, properties) => Object.assign(document.createElement(tag), properties);
+part('converse-controlbox-navbar', () => []);
+part('converse-brand-logo', () => [
+  element('img', { src: '/converse/images/logo/conversejs-filled.svg', alt: '', width: 72, height: 72 }),
+  element('h1', { className: 'h3 mt-3', textContent: {{quote .Domain}} }),
+]);
+part('converse-footer', () => [
+  element('a', { href: '/help.html', textContent: 'Help · 帮助' }),
+]);
+
+// Of a room's name it keeps Latin letters only, and has no address for 运维.
+customElements.whenDefined('converse-add-muc-modal').then(modal => {
+  modal.prototype.normalizeNode = name => name.trim().replace(/[\s"&'\/:<>@]+/g, '-').toLowerCase();
+});
+
+window.addEventListener('converse-loaded', event => event.detail.converse.initialize({
+  // Where: whatever the page was opened as, and nowhere else.
+  assets_path: '/converse',
+  websocket_url: 'wss://' + location.host + '/ws',
+  discover_connection_methods: false,
+  locked_domain: {{quote .Domain}},
+  muc_domain: {{print "conference." .Domain | quote}},
+  locked_muc_domain: 'hidden',
+  // Without any the form for a room has no field for its name; ours knows no search.
+  muc_search_service: {{print "conference." .Domain | quote}},
+  xmpp_providers_url: '',
+  autocomplete_providers_url: '',
+  embed_3rd_party_media_players: false,
+  show_client_info: false,
+
+  // Accounts are made by whoever runs the service.
+  allow_registration: false,
+  allow_adhoc_commands: false,
+
+  // A dropped connection is resumed; what was said meanwhile is in the archive.
+  auto_reconnect: true,
+  enable_smacks: true,
+  message_archiving: 'always',
+  ping_interval: 30,
+
+  // The rack is inside; there is no encryption between users on top of TLS.
+  blacklisted_plugins: ['converse-omemo'],
+
+  view_mode: 'fullscreen',
+  show_controlbox_by_default: true,
+  muc_nickname_from_jid: true,
+  auto_join_on_invite: true,
+  auto_away: 600,
+  visible_toolbar_buttons: { call: false, emoji: true, location: false, spoiler: false },
+  loglevel: 'warn',
+}));
