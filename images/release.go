@@ -314,7 +314,10 @@ func (b *releaseBuild) compare() (changes []Change, built map[string]string, err
 		}
 	}
 	if len(b.lock) == 0 {
-		return nil, built, nil
+		if b.Frozen && len(built) > 0 {
+			err = fmt.Errorf("lock file %s holds nothing to be frozen to: build once without --frozen", b.LockFile)
+		}
+		return nil, built, err
 	}
 	changes = compareLock(b.lock, built)
 	if len(changes) == 0 {

@@ -324,6 +324,10 @@ func TestBuildReleaseCompleteAndLocked(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.o.Offline, l.o.Mirrors = false, []string{"deb [trusted=yes] copy:" + filepath.Join(mirror, "archive") + " ./"}
+	l.o.Frozen = true
+	_, err := BuildRelease(t.Context(), l.o)
+	wantError(t, err, "nothing to be frozen to")
+	l.o.Frozen = false
 	b := l.build()
 	want := []string{"Packages index  ", "Release index  ", "base_1.0_all.deb package c 1.0", "board_board.oci.tar image b ", "tool_1.0_all.deb package a 1.0"}
 	if got := names(b.Release); !slices.Equal(got, want) {

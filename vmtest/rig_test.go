@@ -4,6 +4,7 @@ package vmtest_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -36,12 +37,19 @@ type rig struct {
 
 func newRig(t *testing.T, lab, rack string) *rig {
 	t.Helper()
-	repo, err := filepath.Abs("..")
-	if err != nil {
+	return newRigOn(t, "../build/store", lab, rack)
+}
+
+// newRigOn is newRig with a store of its own.
+func newRigOn(t *testing.T, store, lab, rack string) *rig {
+	t.Helper()
+	repo, err1 := filepath.Abs("..")
+	store, err2 := filepath.Abs(store)
+	if err := errors.Join(err1, err2); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	r := &rig{t: t, repo: repo, dir: dir, lab: filepath.Join(dir, "lab"), store: filepath.Join(repo, "build/store")}
+	r := &rig{t: t, repo: repo, dir: dir, lab: filepath.Join(dir, "lab"), store: store}
 	r.op = client.NewOperator(filepath.Join(dir, "socket"))
 	r.write("lab.yaml", lab)
 	r.write("rack.yaml", rack)
