@@ -84,6 +84,9 @@ func BuildRelease(ctx context.Context, o ReleaseOptions) (*BuiltRelease, error) 
 	if err != nil {
 		return nil, fmt.Errorf("lock file %s is not valid: %w", o.LockFile, err)
 	}
+	if o.Frozen && len(lock) == 0 {
+		return nil, fmt.Errorf("lock file %s holds nothing to be frozen to: build once without --frozen", o.LockFile)
+	}
 	local, err := o.localPackages(ctx)
 	if err != nil {
 		return nil, err
@@ -314,10 +317,7 @@ func (b *releaseBuild) compare() (changes []Change, built map[string]string, err
 		}
 	}
 	if len(b.lock) == 0 {
-		if b.Frozen && len(built) > 0 {
-			err = fmt.Errorf("lock file %s holds nothing to be frozen to: build once without --frozen", b.LockFile)
-		}
-		return nil, built, err
+		return nil, built, nil
 	}
 	changes = compareLock(b.lock, built)
 	if len(changes) == 0 {
