@@ -77,9 +77,11 @@ type Host struct {
 
 // StackPlan is the IM service as one node has to know it.
 type StackPlan struct {
-	Domain  string   `json:"domain"`
-	Users   int      `json:"users,omitempty"` // how many the service is made for, on all members together; absent in plans of older disc hosts
-	Members []string `json:"members"`         // node names in rack order; the first forms a new cluster
+	Domain string `json:"domain"`
+	Users  int    `json:"users,omitempty"` // how many the service is made for, on all members together; absent in plans of older disc hosts
+	// Undersized: the machine is taken also where it is too small for them.
+	Undersized bool     `json:"undersized,omitempty"`
+	Members    []string `json:"members"` // node names in rack order; the first forms a new cluster
 	// Components in the order in which they start; those of other nodes only by
 	// name, ports and members.
 	Components []PlacedComponent `json:"components,omitempty"`
@@ -98,7 +100,7 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 		Net: NodeNet{MAC: mac, Address: netip.PrefixFrom(node.Address, nw.Subnet.Bits()), Gateway: nw.Gateway, DNS: nw.DNS},
 		// The console is serial and screen: the last one named is /dev/console.
 		Users: r.Users, Cmdline: []string{"console=tty0", "console=ttyS0,115200"},
-		Finish: node.Finish, Host: r.Host.of(node), Stack: StackPlan{Domain: r.Stack.Domain, Users: r.Stack.Users, Components: ComponentsFor(node.Name, r.Stack.Components)},
+		Finish: node.Finish, Host: r.Host.of(node), Stack: StackPlan{Domain: r.Stack.Domain, Users: r.Stack.Users, Undersized: r.Stack.Undersized, Components: ComponentsFor(node.Name, r.Stack.Components)},
 		DiscHost: "https://" + netip.AddrPortFrom(nw.DiscHost, NodeAPIPort).String(),
 		Files:    "http://" + nw.DiscHost.String(),
 	}
@@ -113,6 +115,9 @@ func PlanFor(r *Rack, node Node, mac MAC, generation int, image ImageRef) (Plan,
 	}
 	return p, nil
 }
+
+// Size is how the plan's node is dimensioned for the users of the service.
+func (p Plan) Size() Sizing { return SizingFor(p.Stack.Users, len(p.Stack.Members)) }
 
 // ServiceName is a DNS name in the certificates that the IM stack's programs
 // use among themselves, and in no other certificate of the site's CA: for

@@ -173,6 +173,7 @@ const (
 type StackSpec struct {
 	Domain     string            // the XMPP domain, for example im.example.org
 	Users      int               // how many it is made for, 1 to MaxUsers
+	Undersized bool              // machines that are too small for them are taken all the same
 	Optional   []string          // optional components of the stack file that are wanted
 	Components []PlacedComponent // of the stack file, placed on the nodes, in the order in which they start
 }

@@ -15,6 +15,7 @@ type Sizing struct {
 	CPUs        int `json:"cpus"`
 	Backlog     int `json:"backlog"` // of connections that a listener has not accepted yet
 	Files       int `json:"files"`   // open files of a service that users connect to: LimitNOFILE
+	Proxy       int `json:"proxy"`   // connections to the database through the node's own way to it
 
 	Ejabberd   EjabberdSizing   `json:"ejabberd"`
 	PostgreSQL PostgreSQLSizing `json:"postgresql"`
@@ -109,7 +110,7 @@ func SizingFor(users, nodes int) Sizing {
 	}
 	// A connection is one socket; a proxied one is two. The hard limit in the
 	// profiles is 1,048,576.
-	s.Files = powerOfTwo(max(2*n+8192, 65536))
+	s.Files = powerOfTwo(2*n + 8192)
 
 	s.Ejabberd = EjabberdSizing{
 		// Seen: 100 MiB of an ejabberd 24.12 without users.
@@ -122,7 +123,7 @@ func SizingFor(users, nodes int) Sizing {
 		Processes: powerOfTwo(max(4*n, 262144)),
 		// ejabberd's default is 10 (sql_pool_size). A query takes about a
 		// millisecond, so a connection bears a few hundred users.
-		SQLPool: min(max(n/250, 4), 40),
+		SQLPool: min(max(n/250, 8), 40),
 	}
 	pg := PostgreSQLSizing{
 		// What is asked for most are the last hours of the archive; not under
@@ -130,15 +131,18 @@ func SizingFor(users, nodes int) Sizing {
 		// kernel's cache does as well (PostgreSQL 17, 19.4.1).
 		SharedBuffers: min(max(int64(users)*100*kib, 128*mib), 8*gib),
 		WorkMem:       4 * mib, // the default: queries of ejabberd go over indexes and sort little
-		// The pools of all nodes meet on the primary; 15 more for replication,
-		// Patroni, backup, people and superuser_reserved_connections.
-		MaxConnections: nodes*s.Ejabberd.SQLPool + 15,
+		// The pools of all nodes meet on the primary, those of one more too: it may
+		// come later, and this setting stays as the cluster was made with it. 15
+		// more for Patroni, backup, people and superuser_reserved_connections.
+		MaxConnections: (nodes+1)*s.Ejabberd.SQLPool + 15,
 		MaxWAL:         gib, // the default
 	}
 	// A backend takes about 2 MiB of its own beside its work_mem; 64 MiB for
 	// autovacuum (maintenance_work_mem's default) and 32 MiB for Patroni.
 	pg.Memory = pg.SharedBuffers + int64(pg.MaxConnections)*(2*mib+pg.WorkMem) + 96*mib
 	s.PostgreSQL = pg
+	// The node's own pool, twice while a primary that has gone is given up.
+	s.Proxy = 2*s.Ejabberd.SQLPool + 16
 	// Patroni's few keys; etcd.io's hardware page has 8 GiB for a typical
 	// cluster, which has a hundred thousand times as many.
 	s.Etcd = EtcdSizing{Memory: 96 * mib, Quota: 256 * mib}

@@ -22,6 +22,7 @@ type View struct {
 	CA      string     // PEM: the site's CA
 	Cert    string     // PEM: this node's certificate, for the domain, the node's name and its address
 	Key     string     // PEM: the certificate's private key
+	Size    Sizing     // for the rack's users and nodes
 
 	plan Plan
 	sec  StackSecrets
@@ -30,7 +31,7 @@ type View struct {
 // ViewOf is the view of plan's node.
 func ViewOf(plan Plan, sec StackSecrets) View {
 	v := View{Rack: plan.Rack, Node: plan.Node, Address: plan.Net.Address.Addr(), Domain: plan.Stack.Domain, Service: plan.ServiceName(),
-		Cookie: sec.Cookie, CA: pemLines(sec.CA), Cert: pemLines(sec.Cert), Key: pemLines(sec.Key), plan: plan, sec: sec}
+		Size: plan.Size(), Cookie: sec.Cookie, CA: pemLines(sec.CA), Cert: pemLines(sec.Cert), Key: pemLines(sec.Key), plan: plan, sec: sec}
 	for _, a := range sec.Probes {
 		v.Probes = append(v.Probes, a.User)
 	}
@@ -94,7 +95,7 @@ func (v View) Secret(name string) (string, error) {
 // Render carries out a template of a stack file. name serves messages.
 //
 // Beside text/template's own there are the functions quote, which makes a string
-// of JSON, and so of YAML, and replace OLD NEW TEXT.
+// of JSON, and so of YAML, replace OLD NEW TEXT, and mib BYTES: whole mebibytes.
 func (v View) Render(name, text string) (string, error) {
 	t, err := template.New(name).Option("missingkey=error").Funcs(functions).Parse(text)
 	if err != nil {
@@ -110,6 +111,7 @@ func (v View) Render(name, text string) (string, error) {
 var functions = template.FuncMap{
 	"quote":   quote,
 	"replace": func(old, with, text string) string { return strings.ReplaceAll(text, old, with) },
+	"mib":     func(bytes int64) int64 { return bytes / mib },
 }
 
 func quote(s string) (string, error) {

@@ -18,6 +18,7 @@ func TestView(t *testing.T) {
 		`{{.Rack}} {{.Node}} {{.Address}} {{.Domain}} {{.Service}}`:       "muc-7 n2 10.0.0.2 im.example.org stack.muc-7.internal",
 		`{{.CA}}{{.Cert}}{{.Key}}`:                                        "ca\ncert\nkey\n", // one newline ends each, however many came
 		`{{range .Members "db"}}{{.Name}}={{.Address}} {{end}}`:           "n1=10.0.0.1 n3=10.0.0.3 ",
+		`{{.Size.Users}} {{mib .Size.PostgreSQL.WorkMem}}MB`:              "100 4MB",
 		`{{.Port "db" "sql"}} {{.Has "db"}} {{.Has "mq"}}`:                "5432 true false",
 		`{{range .Probes}}{{.}} {{end}}`:                                  "probe-a probe-b ",
 		`{{.Secret "pw"}} {{quote (.Secret "pw")}} {{quote "é <b>"}}`:     `a"b "a\"b" "é \u003cb\u003e"`,

@@ -31,7 +31,7 @@ import (
 func TestBenchInstall(t *testing.T) {
 	r := newRig(t, fmt.Sprintf(labHead, "bench")+`
   - {name: node1, mac: "52:54:00:77:09:01", firmware: bios, cpus: 2, memory: 3GiB, disks: [{size: 832MiB, serial: one}]}
-`, rackHead+`
+`, strings.Replace(rackHead, "stack: {", "stack: {undersized: true, ", 1)+`
   - {name: node1, slot: U1, mac: "52:54:00:77:09:01", address: 10.77.0.11}
 `)
 	b := &bench{rig: r, disk: filepath.Join(r.lab, "var/lib/libvirt/images/node1-0.raw")}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -20,7 +21,8 @@ func rackCmd() *cobra.Command {
 		Use:   "check FILE",
 		Short: "Read a rack file and list every mistake with its line",
 		Long: `Read a rack file, list every mistake with its line, and find the nodes for every
-component of the stack.`,
+component of the stack. It also says what machine the stated users need; one that
+is too small is refused when it is to be installed.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			r, s, err := loadRackAndStack(args[0], stack)
@@ -29,6 +31,12 @@ component of the stack.`,
 			}
 			fmt.Fprintf(c.OutOrStdout(), "%s is good: rack %s, %d nodes, image %s, IM domain %s for %d users, stack %s %s\n",
 				args[0], r.Name, len(r.Nodes), r.Image, r.Stack.Domain, r.Stack.Users, s.Name, s.Version)
+			need := provision.SizingFor(r.Stack.Users, len(r.Nodes))
+			fmt.Fprintf(c.OutOrStdout(), "each node needs %d %s, %.1f GiB of memory and %.1f GiB of disk for them", need.CPUs, plural(need.CPUs, "CPU"), gib(need.Memory), gib(need.Disk))
+			if r.Stack.Undersized {
+				fmt.Fprint(c.OutOrStdout(), "; smaller ones are taken too (undersized: true)")
+			}
+			fmt.Fprintln(c.OutOrStdout())
 			return nil
 		},
 	}
@@ -36,6 +44,9 @@ component of the stack.`,
 	c.AddCommand(check)
 	return c
 }
+
+// gib rounds up to a tenth of a gibibyte.
+func gib(bytes int64) float64 { return math.Ceil(float64(bytes)/(1<<30)*10) / 10 }
 
 func withStack(c *cobra.Command, dir *string) {
 	c.Flags().StringVar(dir, "stack", "", "folder of a stack file; without it, the stack that comes with this program")

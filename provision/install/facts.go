@@ -5,8 +5,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 
+	"platter/provision"
 	"platter/provision/disk"
 )
 
@@ -59,4 +61,14 @@ func field(text, name string) string {
 		}
 	}
 	return ""
+}
+
+// machineOf is what the machine of a node has, with a disk of that size.
+func machineOf(root, node string, disk int64) provision.Machine {
+	m := provision.Machine{Node: node, CPUs: runtime.NumCPU(), Disk: disk}
+	b, _ := os.ReadFile(filepath.Join(root, "proc/meminfo"))
+	kib, _, _ := strings.Cut(field(string(b), "MemTotal"), " ")
+	n, _ := strconv.ParseInt(kib, 10, 64)
+	m.Memory = n << 10
+	return m
 }

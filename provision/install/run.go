@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"aead.dev/minisign"
@@ -211,7 +212,11 @@ const (
 func (j *job) selectDisk(ctx context.Context) error {
 	if j.Target != "" {
 		j.path = j.Target
-		return nil
+		st, err := os.Stat(j.path)
+		if err != nil {
+			return err
+		}
+		return j.largeEnough(st.Size())
 	}
 	var found disk.Disk
 	var stop *provision.Failure
@@ -244,7 +249,27 @@ func (j *job) selectDisk(ctx context.Context) error {
 	j.path = found.Path
 	j.Report.Logf("installs on %s", found)
 	j.Report.Facts(map[string]string{"disk": found.String()})
-	return nil
+	return j.largeEnough(found.Size)
+}
+
+// largeEnough refuses a machine that is too small for the users of the service,
+// before its disk, of that size, is touched.
+func (j *job) largeEnough(disk int64) error {
+	if j.plan.Stack.Users == 0 { // an older disc host states none
+		return nil
+	}
+	wrong := j.plan.Size().Misfits([]provision.Machine{machineOf(j.Root, j.plan.Node, disk)})
+	if len(wrong) == 0 {
+		return nil
+	}
+	if j.plan.Stack.Undersized {
+		for _, w := range wrong {
+			j.Report.Logf("warning: %s; the rack file allows it", w)
+		}
+		return nil
+	}
+	return &provision.Failure{Code: "machine-too-small", Message: strings.Join(wrong, "; "),
+		Next: "Its disk was not touched. For a trial, 'stack: {undersized: true}' in the rack file installs it all the same"}
 }
 
 func (j *job) partition(context.Context) (err error) {

@@ -101,12 +101,13 @@ func (p *parser) rack(v yamlfile.Value) *provision.Rack {
 		StopWithin:    yamlfile.Get(guests["stop-within"], parseTime(5*time.Second, time.Hour)),
 		MemoryPercent: yamlfile.Get(guests["memory-percent"], yamlfile.Int(10, 120)),
 	}
-	stack := top["stack"].Required().Fields("domain", "users", "components")
+	stack := top["stack"].Required().Fields("domain", "users", "undersized", "components")
 	r.Stack = provision.StackSpec{Domain: yamlfile.Get(stack["domain"].Required(), parseDomain), Users: provision.DefaultUsers}
 	if stack["users"].Exists() {
 		r.Stack.Users = yamlfile.Get(stack["users"], yamlfile.Int(1, provision.MaxUsers))
 	}
 
+	r.Stack.Undersized = yamlfile.Get(stack["undersized"], yamlfile.Bool)
 	r.Stack.Optional = p.names(stack["components"])
 
 	defaults := provision.Node{Finish: provision.FinishKexec}

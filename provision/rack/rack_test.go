@@ -74,7 +74,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 	if d := cmp.Diff([]string{"rabbitmq"}, r.Stack.Optional); d != "" {
 		t.Error(d)
 	}
-	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Stack.Users != 1000 || r.Host.Bridges[0].Name != "br-vm" {
+	if r.Page != "127.0.0.1:8080" || r.Stack.Domain != "im.example.org" || r.Stack.Users != 1000 || !r.Stack.Undersized || r.Host.Bridges[0].Name != "br-vm" {
 		t.Errorf("rack is %+v", r)
 	}
 }
