@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 
 	"github.com/coreos/go-systemd/v22/dbus"
 )
@@ -66,6 +67,15 @@ func (u *Unit) Restart(ctx context.Context) error {
 // Stop waits until nothing of the unit runs any more.
 func (u *Unit) Stop(ctx context.Context) error {
 	return u.job(ctx, "stop", u.s.conn.StopUnitContext)
+}
+
+// Kill ends every process of the unit at once, without a word to them. systemd
+// may start the unit again: stop it after that.
+func (u *Unit) Kill(ctx context.Context) error {
+	if err := u.s.conn.KillUnitWithTarget(ctx, u.name, dbus.All, int32(syscall.SIGKILL)); err != nil {
+		return fmt.Errorf("kill %s: %w", u.name, err)
+	}
+	return nil
 }
 
 func (u *Unit) job(ctx context.Context, verb string, call func(context.Context, string, string, chan<- string) (int, error)) error {

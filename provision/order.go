@@ -17,6 +17,12 @@ const (
 	// OrderStage brings a release of the stack onto the node's disk and changes
 	// nothing that runs: a ReleaseRef, a Staged.
 	OrderStage OrderKind = "stage"
+	// OrderLoadAccounts makes the accounts of simulated users, or removes all
+	// there are: LoadAccountsArgs, a LoadAccountsResult.
+	OrderLoadAccounts OrderKind = "load-accounts"
+	// OrderOutage ends the node's part of the stack at once and starts it again
+	// later, also when nobody is there to ask for it: OutageArgs, no result.
+	OrderOutage OrderKind = "outage"
 )
 
 // Early tells whether a node carries orders of this kind out while it is not a
@@ -247,4 +253,42 @@ type Diagnosis struct {
 	// Stack says why the IM service of the node does not answer; empty: it does.
 	Stack  string   `json:"stack,omitempty"`
 	Alarms []string `json:"alarms"`
+	// Limits are those that the running service lives under.
+	Limits []InEffect `json:"limits,omitempty"`
+	// Versions are those of the running kernel and of the installed packages
+	// that make the host and the stack.
+	Versions map[string]string `json:"versions,omitempty"`
+	// Machine is what the node has; Disk is that of the root file system.
+	Machine Machine `json:"machine"`
 }
+
+// InEffect is a value that was read from what runs, not from its configuration.
+type InEffect struct {
+	What string `json:"what"`
+	OK   bool   `json:"ok"`
+	Is   string `json:"is"`
+	Want string `json:"should_be"`
+}
+
+// LoadAccountsArgs say how many simulated users there shall be. Their passwords
+// follow from the site's secret, see StackSecrets.Load, which is in no order.
+type LoadAccountsArgs struct {
+	Users int `json:"users"` // 0: none, all are removed
+}
+
+// LoadAccountsResult is what an order of kind OrderLoadAccounts did.
+type LoadAccountsResult struct {
+	Made    int `json:"made"`
+	Removed int `json:"removed"`
+}
+
+// OutageArgs say how long the stack stays away.
+type OutageArgs struct {
+	Seconds int `json:"seconds"` // 1 to MaxOutage
+}
+
+// OutageEnds is what a node says when its outage is over: its service starts.
+const OutageEnds = "the service starts"
+
+// MaxOutage bounds an outage that was ordered, in seconds.
+const MaxOutage = 600

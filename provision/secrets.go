@@ -20,6 +20,9 @@ type StackSecrets struct {
 	Named map[string]string `json:"named,omitempty"`
 	// Probes are the two accounts of the readiness probe.
 	Probes []Account `json:"probes"`
+	// Load is what the passwords of simulated users are made from, see
+	// LoadAccounts.
+	Load string `json:"load,omitempty"`
 }
 
 // Account is a user of the IM service.

@@ -20,8 +20,8 @@ func main() {
 }
 
 // run carries out one command line and returns its exit code: 0 done, 1 the
-// command failed and said why on stderr. The commands host, stack status and
-// node diagnose have codes of their own.
+// command failed and said why on stderr. The commands host, stack status,
+// stack accept and node diagnose have codes of their own.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
 		Use:   "platter",

@@ -98,7 +98,7 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 	}
 	host := dischost.New(dischost.Config{
 		Rack: rack, Store: journal, Site: st, Images: imgs,
-		Probe: probe.Run, Log: log, Clock: time.Now,
+		Probe: probe.Run, Log: log, Clock: time.Now, Version: version(),
 	})
 
 	boot := &pxe.Server{

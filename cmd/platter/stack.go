@@ -101,7 +101,7 @@ Exit codes: 0 everything works, 1 a probe failed; it says what to do next.`,
 	for _, sub := range []*cobra.Command{status, probe} {
 		tableOrJSON(sub, &output)
 	}
-	c.AddCommand(status, probe)
+	c.AddCommand(status, probe, acceptCmd(op), siteKeyCmd(op))
 	c.AddCommand(stackFileCmds()...)
 	c.AddCommand(releaseCmds(op)...)
 	return c

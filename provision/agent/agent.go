@@ -131,9 +131,17 @@ func (c Config) run(ctx context.Context, anew func()) error {
 		tend:    func(ctx context.Context, rep Reporter) (stack.Cluster, error) { return watcher.Tend(ctx, rep) },
 		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
 	}
+	checked := func(ctx context.Context, rep hostprep.Progress) (results []hostprep.Result, err error) {
+		err = withHost(ctx, func(h *hostprep.Host) (err error) {
+			results, err = hostprep.Check(ctx, h.Steps(), rep)
+			return err
+		})
+		return results, err
+	}
 	if c.LeaveHost {
 		leave := func(context.Context, Reporter) error { return nil }
 		w.prepare, w.guests, w.alarms = leave, leave, func() []string { return nil }
+		checked = func(context.Context, hostprep.Progress) ([]hostprep.Result, error) { return nil, nil }
 	}
 	// While a switch stops and starts the service, nobody else heals it.
 	var service sync.Mutex
@@ -144,10 +152,12 @@ func (c Config) run(ctx context.Context, anew func()) error {
 		defer isMember()
 		status.member = isMember
 		kinds := map[provision.OrderKind]orderKind{
-			provision.OrderDiagnose: {do: diagnosing(withHost, w), within: 3 * time.Minute},
-			provision.OrderStage:    {do: staging(plan, rep), within: 6 * time.Hour},
-			provision.OrderReleases: {do: releases, within: 2 * time.Minute},
-			provision.OrderSwitch:   {do: switching(plan, node, rep, &service, anew), within: 4 * time.Hour},
+			provision.OrderStage:        {do: staging(plan, rep), within: 6 * time.Hour},
+			provision.OrderReleases:     {do: releases, within: 2 * time.Minute},
+			provision.OrderSwitch:       {do: switching(plan, node, rep, &service, anew), within: 4 * time.Hour},
+			provision.OrderDiagnose:     {do: diagnosing(checked, plan, w), within: 3 * time.Minute},
+			provision.OrderLoadAccounts: {do: loadAccounts(plan, node), within: 6 * time.Hour},
+			provision.OrderOutage:       {do: outage(plan, &service), within: provision.MaxOutage*time.Second + 20*time.Minute},
 		}
 		o := &orders{path: c.OrdersPath, kinds: kinds, next: node.NextOrder, rep: rep, log: c.Log, member: member, retry: c.Retry}
 		var running sync.WaitGroup

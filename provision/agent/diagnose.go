@@ -6,21 +6,19 @@ import (
 	"platter/hostprep"
 	"platter/hostprep/hostcmd"
 	"platter/provision"
+	"platter/provision/stack"
 )
 
 // diagnosing makes the function of provision.OrderDiagnose: it checks the host
 // and asks the local member about the cluster. What cannot be looked at is a
 // finding too.
-func diagnosing(withHost func(context.Context, func(*hostprep.Host) error) error, w work) func(context.Context, task, progress) (any, error) {
+func diagnosing(host func(context.Context, hostprep.Progress) ([]hostprep.Result, error), plan provision.Plan, w work) func(context.Context, task, progress) (any, error) {
 	return func(ctx context.Context, _ task, say progress) (any, error) {
-		d := provision.Diagnosis{Alarms: append([]string{}, w.alarms()...)}
-		err := withHost(ctx, func(h *hostprep.Host) (err error) {
-			results, err := hostprep.Check(ctx, h.Steps(), checking(say))
-			if err == nil {
-				d.Host, err = hostcmd.Marshal(results)
-			}
-			return err
-		})
+		d := provision.Diagnosis{Alarms: append([]string{}, w.alarms()...), Versions: stack.Versions(ctx, plan), Limits: stack.InEffect(ctx, "/", plan), Machine: stack.Machine("/")}
+		results, err := host(ctx, checking(say))
+		if err == nil {
+			d.Host, err = hostcmd.Marshal(results)
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -464,10 +464,10 @@ func TestDiagnose(t *testing.T) {
 		alarms: func() []string { return []string{"low: 4 % left"} }}
 	d := newDesk()
 	sink := progress(func(line string, done, total int64) { d.add(fmt.Sprintf("%s %d/%d", line, done, total)) })
-	host := func(_ context.Context, do func(*hostprep.Host) error) error {
-		return do(&hostprep.Host{Root: t.TempDir(), Self: hostprep.NodeSelf})
+	host := func(ctx context.Context, p hostprep.Progress) ([]hostprep.Result, error) {
+		return hostprep.Check(ctx, (&hostprep.Host{Root: t.TempDir(), Self: hostprep.NodeSelf}).Steps(), p)
 	}
-	got, err := diagnosing(host, w)(t.Context(), task{}, sink)
+	got, err := diagnosing(host, provision.Plan{}, w)(t.Context(), task{}, sink)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -482,8 +482,13 @@ func TestDiagnose(t *testing.T) {
 	if said := d.said(); !strings.Contains(said, fmt.Sprintf("checking kernel 0/%d", len(results))) || !strings.Contains(said, "cluster 0/0") {
 		t.Error(said)
 	}
-	broken := func(context.Context, func(*hostprep.Host) error) error { return errors.New("no systemd") }
-	if _, err := diagnosing(broken, w)(t.Context(), task{}, sink); err == nil || err.Error() != "no systemd" {
+	if len(diagnosis.Limits) != 2 || diagnosis.Limits[1].Is != "nobody listens on port 5222" || diagnosis.Versions["kernel"] == "" {
+		t.Errorf("%+v %v", diagnosis.Limits, diagnosis.Versions)
+	}
+	broken := func(context.Context, hostprep.Progress) ([]hostprep.Result, error) {
+		return nil, errors.New("no systemd")
+	}
+	if _, err := diagnosing(broken, provision.Plan{}, w)(t.Context(), task{}, sink); err == nil || err.Error() != "no systemd" {
 		t.Error(err)
 	}
 }

@@ -2,6 +2,7 @@ package client
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -73,15 +74,39 @@ func (o *Operator) Approve(ctx context.Context, name string, mac provision.MAC) 
 // ProbeStack has the disc host probe the IM service on nodes, or on every node
 // of the rack where none is named, and yields each result as it comes.
 func (o *Operator) ProbeStack(ctx context.Context, nodes ...string) iter.Seq2[provision.ProbeResult, error] {
-	return stream[provision.ProbeResult](ctx, o, http.MethodPost, "/v1/stack/probe?"+url.Values{"node": nodes}.Encode(), "all probes were done")
+	return stream[provision.ProbeResult](ctx, o, http.MethodPost, "/v1/stack/probe?"+url.Values{"node": nodes}.Encode(), nil, "all probes were done")
+}
+
+// Accept has the disc host carry an acceptance out and yields what it says; the
+// last line has the report or says why there is none. options are
+// accept.Options. Whoever stops ranging ends it; the disc host then takes back
+// what it made for it.
+func (o *Operator) Accept(ctx context.Context, options any) iter.Seq2[AcceptNews, error] {
+	return stream[AcceptNews](ctx, o, http.MethodPost, "/v1/stack/accept", options, "the acceptance was done")
+}
+
+// SiteKey returns the key that the disc host's reports are signed with.
+func (o *Operator) SiteKey(ctx context.Context) (SiteKey, error) {
+	var out SiteKey
+	err := o.call(ctx, http.MethodGet, "/v1/site/key", nil, &out)
+	return out, err
 }
 
 // stream yields the lines of JSON that the disc host answers with, and an error
 // where it breaks off before what end names.
-func stream[T any](ctx context.Context, o *Operator, method, path, end string) iter.Seq2[T, error] {
+func stream[T any](ctx context.Context, o *Operator, method, path string, in any, end string) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var none T
-		req, err := http.NewRequestWithContext(ctx, method, "http://platter"+path, nil)
+		var body io.Reader
+		if in != nil {
+			b, err := json.Marshal(in)
+			if err != nil {
+				yield(none, err)
+				return
+			}
+			body = bytes.NewReader(b)
+		}
+		req, err := http.NewRequestWithContext(ctx, method, "http://platter"+path, body)
 		if err != nil {
 			yield(none, err)
 			return
@@ -153,7 +178,7 @@ func (o *Operator) WithdrawOrder(ctx context.Context, id int64) (provision.Order
 // FollowOrder yields the order as it is and then whenever it changes. The last
 // one is final and has args and result. An error ends it; the order goes on.
 func (o *Operator) FollowOrder(ctx context.Context, id int64) iter.Seq2[provision.OrderStatus, error] {
-	return stream[provision.OrderStatus](ctx, o, http.MethodGet, fmt.Sprintf("/v1/orders/%d", id), "the order had ended")
+	return stream[provision.OrderStatus](ctx, o, http.MethodGet, fmt.Sprintf("/v1/orders/%d", id), nil, "the order had ended")
 }
 
 func (o *Operator) change(ctx context.Context, name, what string, in any) (provision.State, error) {

@@ -83,6 +83,30 @@ type OrderRequest struct {
 	Within int64 `json:"within,omitempty"`
 }
 
+// AcceptNews is a line of an acceptance: what is going on or, in the last one,
+// the report.
+type AcceptNews struct {
+	Step  string `json:"step,omitempty"`
+	Line  string `json:"line,omitempty"`
+	Done  int64  `json:"done,omitempty"`
+	Total int64  `json:"total,omitempty"`
+	// Failed is why the acceptance could not be carried out; it is the last line.
+	Failed string `json:"failed,omitempty"`
+
+	Name      string          `json:"name,omitempty"` // of the report's file; set in the last line only
+	Passed    bool            `json:"passed,omitempty"`
+	Wrong     []string        `json:"wrong,omitempty"`  // why not, a sentence each
+	Report    json.RawMessage `json:"report,omitempty"` // an accept.Report
+	HTML      []byte          `json:"html,omitempty"`
+	Signature []byte          `json:"signature,omitempty"` // of HTML, minisign
+}
+
+// SiteKey is the public key of what the disc host signs.
+type SiteKey struct {
+	Key string `json:"key"` // as minisign writes it
+	ID  string `json:"id"`
+}
+
 // Codes of an Error that programs tell apart.
 const (
 	CodeTokenUsed    = "token-used"    // a second machine, or a second key, shows a spent token
@@ -96,7 +120,8 @@ const (
 	CodeUnknownNode  = "unknown-node"  // no node has that name
 	CodeGrantOpen    = "grant-open"    // an install is already due
 	CodeGrantClosed  = "grant-closed"  // there is no install to withdraw
-	CodeProbing      = "probing"       // another operator's probes run
+	CodeProbing      = "probing"       // another operator's probes or acceptance run
+	CodeNotWhole     = "not-whole"     // the cluster misses members
 	CodeConflict     = "conflict"      // the MAC or the node is taken
 	CodeUnknownOrder = "unknown-order" // no order has that id, or it was forgotten
 	CodeOrderTaken   = "order-taken"   // the node has it already, or it has ended

@@ -50,6 +50,8 @@ type Config struct {
 	Probe func(context.Context, probe.Kind, probe.Options) (time.Duration, error)
 	Log   *slog.Logger
 	Clock func() time.Time
+	// Version is that of this program, for reports.
+	Version string
 }
 
 // Host answers machines, nodes and operators. Its methods may be called at

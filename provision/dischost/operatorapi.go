@@ -25,6 +25,8 @@ func (h *Host) OperatorAPI() http.Handler {
 	mux.Handle("POST /v1/nodes/{name}/approve", answer(h.approve))
 	mux.Handle("POST /v1/stack/probe", answer(h.probeStack))
 	mux.Handle("GET /v1/stack/releases", answer(h.releases))
+	mux.Handle("POST /v1/stack/accept", answer(h.acceptStack))
+	mux.Handle("GET /v1/site/key", answer(h.siteKey))
 	mux.Handle("GET /v1/orders", answer(h.listOrders))
 	mux.Handle("POST /v1/orders", answer(h.giveOrder))
 	mux.Handle("GET /v1/orders/{id}", answer(h.followOrder))

@@ -28,6 +28,8 @@ import (
 	"syscall"
 	"time"
 
+	"aead.dev/minisign"
+
 	"platter/provision"
 	"platter/provision/client"
 )
@@ -56,7 +58,7 @@ type file struct {
 	CA     string              `json:"ca"`     // PEM
 	Key    string              `json:"key"`    // of the CA, PEM
 	Cookie string              `json:"cookie"`
-	Seed   string              `json:"seed"` // of the stack's named secrets; 64 hex digits
+	Seed   string              `json:"seed"` // of all secrets that are derived; 64 hex digits
 	Probes []provision.Account `json:"probes"`
 }
 
@@ -400,7 +402,28 @@ func (s *Site) StackSecrets(p provision.Plan) (provision.StackSecrets, error) {
 	return provision.StackSecrets{
 		Cookie: s.f.Cookie, CA: s.f.CA, Cert: encodeCert(der), Key: keyPEM, Named: named,
 		Probes: append([]provision.Account(nil), s.f.Probes...),
+		Load:   s.LoadSecret(),
 	}, nil
+}
+
+// LoadSecret is what the passwords of simulated users are made from, see
+// provision.LoadAccounts.
+func (s *Site) LoadSecret() string { return hex.EncodeToString(s.derive("load-accounts")) }
+
+// SigningKey signs what this disc host states about its rack, such as reports.
+// It stays the same as long as the site's file does.
+func (s *Site) SigningKey() (minisign.PrivateKey, error) {
+	_, key, err := minisign.GenerateKey(bytes.NewReader(s.derive("signing-key"))) // takes 32 bytes and no others
+	if err != nil {
+		return key, fmt.Errorf("signing key of the site: %w", err)
+	}
+	return key, nil
+}
+
+// derive makes a secret of the site for one purpose: 32 bytes.
+func (s *Site) derive(purpose string) []byte {
+	seed, _ := hex.DecodeString(s.f.Seed) // parse has checked it
+	return mac(seed, []byte("site/"+purpose))
 }
 
 // named derives a secret of the stack from the seed. A longer one of the same

@@ -198,11 +198,11 @@ func loadExpr(domain string, accounts []provision.Account) string {
 
 // removeLoadExpr removes up to limit accounts of simulated users, with all
 // that modules keep of them, and tells "REMOVED of FOUND". Some authentication
-// backends ignore the prefix.
+// backends ignore the prefix; that of SQL takes it with a limit only.
 func removeLoadExpr(domain string, limit int) string {
 	return fmt.Sprintf(`
 	D = %[1]s,
-	All = [U || {U, _} <- ejabberd_auth:get_users(D, [{prefix, %[2]s}]), re:run(U, ["^", %[2]s, "[0-9]+$"]) =/= nomatch],
+	All = [U || {U, _} <- ejabberd_auth:get_users(D, [{prefix, %[2]s}, {limit, 1000000}, {offset, 0}]), re:run(U, ["^", %[2]s, "[0-9]+$"]) =/= nomatch],
 	Gone = [U || U <- lists:sublist(All, %[3]d), ejabberd_auth:remove_user(U, D) =:= ok],
 	lists:flatten(io_lib:format("~b of ~b", [length(Gone), length(All)])).`, binary(domain), binary(provision.LoadPrefix), limit)
 }
