@@ -33,11 +33,13 @@ type Component struct {
 	// Optional components run only where the rack file names them.
 	Optional bool `json:"optional,omitempty"`
 
-	Packages []Package   `json:"packages,omitempty"` // kind packages
-	Images   []OCIImage  `json:"images,omitempty"`   // kinds compose and kube
-	Manifest string      `json:"manifest,omitempty"` // the compose file's or the Kubernetes manifest's text
-	Units    []string    `json:"units,omitempty"`    // systemd units, in the order in which they start
-	Files    []StackFile `json:"files,omitempty"`
+	Packages []Package  `json:"packages,omitempty"` // kind packages
+	Images   []OCIImage `json:"images,omitempty"`   // kinds compose and kube
+	Manifest string     `json:"manifest,omitempty"` // the compose file's or the Kubernetes manifest's text, a template as in Files
+	// Units are systemd units, in the order in which they start. Those of kinds
+	// compose and kube follow from the manifest.
+	Units []string    `json:"units,omitempty"`
+	Files []StackFile `json:"files,omitempty"`
 	// Secrets are those that the files use: made by the site once, the same on
 	// every node that has them.
 	Secrets []Secret `json:"secrets,omitempty"`
@@ -98,7 +100,7 @@ type Package struct {
 // OCIImage is a container image as an OCI archive.
 type OCIImage struct {
 	Name   string `json:"name"`   // as the manifest names it, for example localhost/board:1
-	File   string `json:"file"`   // OCI archive beside the stack file
+	File   string `json:"file"`   // OCI archive of this one image, beside the stack file
 	Digest string `json:"digest"` // of the image's manifest, sha256:...
 }
 

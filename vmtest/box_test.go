@@ -118,7 +118,7 @@ func (r *rig) newBox(image, name, mac, addr string) *box {
 		b.off()
 		b.unmount()
 		r.run("ip", "netns", "del", b.ns)
-		os.Remove(filepath.Join(cgroupRoot(), b.cgroup))
+		exec.Command("find", filepath.Join(cgroupRoot(), b.cgroup), "-type", "d", "-delete").Run()
 	})
 	r.inLab("ip", "link", "add", b.port, "type", "veth", "peer", "name", "eth0", "netns", b.ns)
 	r.inLab("ip", "link", "set", b.port, "master", "br0", "up")

@@ -32,7 +32,8 @@ type rig struct {
 	store string
 	op    *client.Operator
 	serve *exec.Cmd
-	page  string // base URL of the page
+	extra []string // arguments of serve
+	page  string   // base URL of the page
 }
 
 func newRig(t *testing.T, lab, rack string) *rig {
@@ -40,8 +41,8 @@ func newRig(t *testing.T, lab, rack string) *rig {
 	return newRigOn(t, "../build/store", lab, rack)
 }
 
-// newRigOn is newRig with a store of its own.
-func newRigOn(t *testing.T, store, lab, rack string) *rig {
+// newRigOn is newRig with a store of its own, and further arguments for serve.
+func newRigOn(t *testing.T, store, lab, rack string, serve ...string) *rig {
 	t.Helper()
 	repo, err1 := filepath.Abs("..")
 	store, err2 := filepath.Abs(store)
@@ -49,7 +50,7 @@ func newRigOn(t *testing.T, store, lab, rack string) *rig {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	r := &rig{t: t, repo: repo, dir: dir, lab: filepath.Join(dir, "lab"), store: store}
+	r := &rig{t: t, repo: repo, dir: dir, lab: filepath.Join(dir, "lab"), store: store, extra: serve}
 	r.op = client.NewOperator(filepath.Join(dir, "socket"))
 	r.write("lab.yaml", lab)
 	r.write("rack.yaml", rack)
@@ -118,9 +119,9 @@ func (r *rig) startServe() {
 	}
 	defer log.Close()
 	from, _ := log.Seek(0, io.SeekEnd)
-	r.serve = exec.Command(r.bin(), "lab", "exec", "--state", r.lab, "--listen", "127.0.0.1:0", "--",
+	r.serve = exec.Command(r.bin(), append([]string{"lab", "exec", "--state", r.lab, "--listen", "127.0.0.1:0", "--",
 		r.bin(), "serve", "-c", filepath.Join(r.dir, "rack.yaml"), "--store", r.store,
-		"--state", filepath.Join(r.dir, "state"), "--socket", filepath.Join(r.dir, "socket"))
+		"--state", filepath.Join(r.dir, "state"), "--socket", filepath.Join(r.dir, "socket")}, r.extra...)...)
 	r.serve.Stdout, r.serve.Stderr = log, log
 	if err := r.serve.Start(); err != nil {
 		r.t.Fatal(err)

@@ -21,6 +21,12 @@ func boxRack(t *testing.T, n int, components ...string) (*rig, []*box) {
 // boxRackOn is boxRack with a store of its own.
 func boxRackOn(t *testing.T, store string, n int, components ...string) (*rig, []*box) {
 	t.Helper()
+	return servedRack(t, store, n, components)
+}
+
+// servedRack is boxRackOn with further arguments for serve.
+func servedRack(t *testing.T, store string, n int, components []string, serve ...string) (*rig, []*box) {
+	t.Helper()
 	lab, rack := fmt.Sprintf(labHead, "boxes"), rackHead
 	if len(components) > 0 {
 		rack = strings.Replace(rack, "im.e2e.example}", "im.e2e.example, components: ["+strings.Join(components, ", ")+"]}", 1)
@@ -29,7 +35,7 @@ func boxRackOn(t *testing.T, store string, n int, components ...string) (*rig, [
 		lab += fmt.Sprintf("  - {name: node%d, mac: \"52:54:00:77:09:%02x\", cpus: 1, memory: 1GiB, disks: [{size: 8GiB}]}\n", i, i)
 		rack += fmt.Sprintf("  - {name: node%d, mac: \"52:54:00:77:09:%02x\", address: 10.77.0.%d}\n", i, i, 10+i)
 	}
-	r := newRigOn(t, store, lab, rack)
+	r := newRigOn(t, store, lab, rack, serve...)
 	image := r.boxImage()
 	var boxes []*box
 	for i := 1; i <= n; i++ {

@@ -70,7 +70,16 @@ func prepare(root string, plan provision.Plan, sec provision.StackSecrets) (chan
 			changed[f.component] = true
 		}
 	}
+	if err := dropContainers(root, files); err != nil {
+		return changed, fmt.Errorf("service of node %s: %w", plan.Node, err)
+	}
 	for _, c := range here(plan) {
+		if contained(c) { // the generator enables its services
+			if err := makeData(root, c); err != nil {
+				return changed, fmt.Errorf("service of node %s: component %s: %w: look at the disk's free space and health", plan.Node, c.Name, err)
+			}
+			continue
+		}
 		for _, u := range c.Units {
 			if err := enable(root, u); err != nil {
 				return changed, fmt.Errorf("service of node %s: enabling %s: %w", plan.Node, u, err)
@@ -124,6 +133,13 @@ func files(root string, plan provision.Plan, sec provision.StackSecrets) ([]file
 				continue
 			}
 			out = append(out, file{c.Name, strings.TrimPrefix(f.Path, "/"), fs.FileMode(f.Mode), uid, gid, text, f.Reload})
+		}
+		if contained(c) {
+			units, err := containerFiles(view, c)
+			if err != nil {
+				wrong = append(wrong, fmt.Errorf("component %s: %w", c.Name, err))
+			}
+			out = append(out, units...)
 		}
 		for _, u := range c.Units {
 			out = append(out, file{component: c.Name, path: "etc/systemd/system/" + u + ".d/platter-order.conf", mode: 0o644, text: order(plan, c, u)})

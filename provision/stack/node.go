@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"platter/hostprep"
@@ -40,6 +41,10 @@ type node struct {
 	rep      Progress
 	patience time.Duration // how long anything may stand still
 	pause    func(n int) time.Duration
+
+	podman   func(ctx context.Context, args ...string) (string, error)
+	sound    bool // the store of container images was checked
+	repaired bool // and something was removed from it
 }
 
 // Bring makes every component of the node run and a member of its cluster, in
@@ -71,7 +76,7 @@ func Bring(ctx context.Context, plan provision.Plan, sec provision.StackSecrets,
 	if err != nil {
 		return err
 	}
-	n := &node{plan: plan, sec: sec, root: "/", p: p, ask: ask, rep: rep, patience: 15 * time.Minute, pause: backoff,
+	n := &node{plan: plan, sec: sec, root: "/", p: p, ask: ask, rep: rep, patience: 15 * time.Minute, pause: backoff, podman: podman,
 		units: func(name string) unit { return sd.Unit(name) }}
 	own := here(plan)
 	for i, c := range own {
@@ -86,7 +91,20 @@ func Bring(ctx context.Context, plan provision.Plan, sec provision.StackSecrets,
 }
 
 func (n *node) bring(ctx context.Context, c provision.PlacedComponent, changed bool) error {
-	if changed {
+	if contained(c) {
+		fresh, err := n.bringImages(ctx, c)
+		if err != nil {
+			return err
+		}
+		if changed || fresh {
+			// They are started below, where a failure is not the last word.
+			for _, u := range slices.Backward(c.Units) {
+				if err := n.units(u).Stop(ctx); err != nil {
+					return err
+				}
+			}
+		}
+	} else if changed {
 		n.rep.Logf("the configuration of %s was written anew", c.Name)
 		for _, u := range c.Units {
 			if err := n.units(u).Restart(ctx); err != nil {

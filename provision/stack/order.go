@@ -30,8 +30,10 @@ func order(plan provision.Plan, c provision.PlacedComponent, unit string) string
 			wait = append(wait, need.Name)
 		}
 	}
-	// Units of one component start in their order.
-	after = append(after, c.Units[:slices.Index(c.Units, unit)]...)
+	// Units of one component start in their order; a manifest orders its own.
+	if !contained(c) {
+		after = append(after, c.Units[:slices.Index(c.Units, unit)]...)
+	}
 	var s strings.Builder
 	s.WriteString("# Written by Platter.\n[Unit]\n")
 	if len(after) > 0 {
@@ -40,6 +42,8 @@ func order(plan provision.Plan, c provision.PlacedComponent, unit string) string
 	fmt.Fprintf(&s, "# There while the component is changed.\nConditionPathExists=!/%s%s\n", holdDir, c.Name)
 	if slices.Contains(gated, c.Member) {
 		fmt.Fprintf(&s, "# The agent makes it once this node has its part in the cluster.\nConditionPathExists=/%s%s\n", memberDir, c.Name)
+	} else if contained(c) {
+		fmt.Fprintf(&s, "# The agent makes it once the container images are there.\nConditionPathExists=/%s%s\n", memberDir, c.Name)
 	}
 	if !strings.HasSuffix(unit, ".service") {
 		return s.String()

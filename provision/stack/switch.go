@@ -545,7 +545,7 @@ func (s *switcher) start(ctx context.Context) error {
 	if s.j.Args.Patience > 0 {
 		patience = time.Duration(s.j.Args.Patience) * time.Second
 	}
-	n := &node{plan: plan, sec: s.sec, root: s.root, p: p, ask: s.ask, rep: s.rep, patience: patience, pause: backoff,
+	n := &node{plan: plan, sec: s.sec, root: s.root, p: p, ask: s.ask, rep: s.rep, patience: patience, pause: backoff, podman: podman,
 		units: func(name string) unit { return s.sd.Unit(name) }}
 	for _, c := range here(plan) {
 		err := n.bring(ctx, c, false)

@@ -58,6 +58,9 @@ func checkArchive(fsys fs.FS, name, digest string) error {
 	case seen != 1:
 		return errors.New("is no OCI archive: it has no index.json, or several. Make it with 'podman save --format oci-archive'")
 	}
+	if n := len(index.Manifests); n > 1 {
+		return fmt.Errorf("holds %d images: make an archive for each", n)
+	}
 	i := slices.IndexFunc(index.Manifests, func(d descriptor) bool { return d.Digest == digest })
 	if i < 0 {
 		var has []string

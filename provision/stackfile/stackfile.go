@@ -15,6 +15,7 @@ import (
 	"unicode/utf8"
 
 	"platter/provision"
+	"platter/provision/stack/quadlet"
 	"platter/provision/yamlfile"
 )
 
@@ -68,7 +69,7 @@ func read(fsys fs.FS, dir string) (*provision.Stack, error) {
 		return nil, fmt.Errorf("cannot read the stack file in %s: %w", dir, err)
 	}
 	p := parser{fsys: fsys, dir: dir, file: yamlfile.Parse(filepath.Join(dir, FileName), data),
-		secrets: map[string]*declared{}, lines: map[string]int{}, owners: map[string]string{"port 22": "the host's ssh server"}, versions: map[string]string{}}
+		secrets: map[string]*declared{}, lines: map[string]int{}, owners: map[string]string{"port 22": "the host's ssh server"}, versions: map[string]string{}, services: map[string][]string{}}
 	s := p.stack(p.file.Root())
 	if err := p.file.Err(); err != nil {
 		return nil, err
@@ -118,6 +119,7 @@ type parser struct {
 	versions map[string]string // package or image -> version or digest
 	bytes    int               // of all templates and manifests
 	texts    []text
+	services map[string][]string // component -> systemd services that podman makes for it
 	needs    []need
 }
 
@@ -164,6 +166,9 @@ func (p *parser) stack(v yamlfile.Value) *provision.Stack {
 	p.checkNeeds(s.Components)
 	s.Components = order(s.Components)
 	p.try(s)
+	for i, c := range s.Components {
+		s.Components[i].Units = append(c.Units, p.services[c.Name]...)
+	}
 	return s
 }
 
@@ -226,19 +231,44 @@ func (p *parser) component(v yamlfile.Value) provision.Component {
 	for _, v := range m["rollback"].List() {
 		c.Rollback = append(c.Rollback, p.command(v, c))
 	}
+	if c.Manifest != "" {
+		p.containers(m["manifest"], c)
+	}
 	return c
+}
+
+// containers tries the compose file or Kubernetes manifest of c, which at names.
+// What the systemd services are called follows from it.
+func (p *parser) containers(at yamlfile.Value, c provision.Component) {
+	from := filepath.Join(p.dir, yamlfile.Get(at, parseBeside))
+	p.texts = append(p.texts, text{c.Name, c.Manifest, from, at, func(out string, secrets []string) error {
+		u, err := quadlet.Of(c, from, out)
+		if err != nil {
+			return err
+		}
+		for _, f := range u.Files {
+			if f.Mode&0o007 != 0 && holds(f.Text, secrets) {
+				return errors.New("it holds a secret, which would be seen in the list of processes: put it into a file with mode \"0600\" and name that in env_file")
+			}
+		}
+		if was, ok := p.services[c.Name]; ok && !slices.Equal(was, u.Services) {
+			return fmt.Errorf("its services must be the same on all nodes, not %s here and %s there: choose with place, or with another component", strings.Join(was, ", "), strings.Join(u.Services, ", "))
+		}
+		p.services[c.Name] = u.Services
+		return nil
+	}})
 }
 
 // forms reads what the component's kind needs, and refuses what belongs to
 // another kind.
 func (p *parser) forms(m map[string]yamlfile.Value, c *provision.Component) {
-	for _, key := range []string{"packages", "images", "manifest"} {
-		belongs := (key == "packages") == (c.Kind == provision.KindPackages)
+	for _, key := range []string{"packages", "units", "images", "manifest"} {
+		belongs := (key == "packages" || key == "units") == (c.Kind == provision.KindPackages)
 		switch v := m[key]; {
 		case c.Kind == "": // said already
 		case v.Exists() && !belongs:
 			v.Failf("a component of kind %s has no %s", c.Kind, key)
-		case belongs:
+		case belongs && key != "units":
 			v.Required()
 		}
 	}
@@ -402,7 +432,7 @@ func (p *parser) path(v yamlfile.Value) string {
 		if clean := path.Clean(s); clean != s {
 			return "", fmt.Errorf("must be written as %s", clean)
 		}
-		for _, dir := range []string{"/etc/platter", "/usr/lib/platter", "/var/lib/platter"} {
+		for _, dir := range []string{"/etc/platter", "/usr/lib/platter", "/var/lib/platter", quadlet.Dir} {
 			if s == dir || strings.HasPrefix(s, dir+"/") {
 				return "", fmt.Errorf("is in %s, which is Platter's own", dir)
 			}

@@ -124,11 +124,11 @@ func TestEveryKeyIsRead(t *testing.T) {
 			Files:    []provision.StackFile{{Path: "/etc/patroni/config.yml", Template: text("patroni.yml"), Mode: 0o640, Group: "postgres"}},
 			Upgrade:  []provision.Command{{Args: []string{"psql", "-c", "ALTER EXTENSION pg_trgm UPDATE -- {{.Node}}"}, User: "postgres", Once: true, After: true}},
 			Rollback: []provision.Command{{Args: []string{"patronictl", "reinit"}}}},
-		{Name: "board", About: "shows what happens", Kind: provision.KindCompose, Images: images, Manifest: text("compose.yaml"),
+		{Name: "board", About: "shows what happens", Kind: provision.KindCompose, Images: images, Manifest: text("compose.yaml"), Units: []string{"board_board.service"},
 			Needs: []string{"db", "etcd"}, Optional: true, Place: provision.Placement{Count: 1}, Ports: []provision.Port{{Name: "web", Number: 8088}},
 			Health: provision.Health{URL: `http://{{.Address}}:{{.Port "board" "web"}}/`}, Secrets: []provision.Secret{{Name: "board", Length: 32}},
 			Files: []provision.StackFile{{Path: "/etc/board.env", Template: text("board.env"), Mode: 0o600}}},
-		{Name: "pod", Kind: provision.KindKube, Images: images, Manifest: text("pod.yaml"), Optional: true},
+		{Name: "pod", Kind: provision.KindKube, Images: images, Manifest: text("pod.yaml"), Units: []string{"pod_pod.service"}, Optional: true},
 	}}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)

@@ -134,6 +134,16 @@ func (p *parser) tryText(t text, view provision.View, secrets []string, said map
 	if err == nil {
 		return
 	}
+	var several yamlfile.Problems
+	if errors.As(err, &several) {
+		for _, problem := range several {
+			if !said[problem] {
+				said[problem] = true
+				p.file.Add(problem)
+			}
+		}
+		return
+	}
 	problem := yamlfile.Problem{File: t.file, Line: line, Column: column, Message: err.Error()}
 	if t.file == "" {
 		problem.Message = fmt.Sprintf("%d %s", t.at.Line(), problem.Message)

@@ -54,27 +54,48 @@ var yamlLine = regexp.MustCompile(`line (\d+)`)
 // not YAML at all has its mistake in Err; walking it is harmless.
 func Parse(name string, data []byte) *File {
 	f := &File{name: name}
-	dec := yaml.NewDecoder(bytes.NewReader(data))
-	var doc yaml.Node
-	err := dec.Decode(&doc)
-	switch {
-	case errors.Is(err, io.EOF):
-		f.fail(1, 0, "the file is empty")
-		return f
-	case err != nil:
-		f.failYAML(err)
-		return f
+	docs := f.documents(data)
+	if len(docs) > 0 {
+		f.root = docs[0]
 	}
-	if len(doc.Content) > 0 {
-		f.root = doc.Content[0]
-	}
-	var more yaml.Node
-	if err := dec.Decode(&more); err == nil {
-		f.fail(more.Line, more.Column, "a second document begins here: one file holds one document")
-	} else if !errors.Is(err, io.EOF) {
-		f.failYAML(err)
+	if len(docs) > 1 {
+		f.fail(docs[1].Line, docs[1].Column, "a second document begins here: one file holds one document")
 	}
 	return f
+}
+
+// ParseAll reads data as Parse does, but takes any number of documents but
+// none; empty ones are left out.
+func ParseAll(name string, data []byte) (*File, []Value) {
+	f := &File{name: name}
+	var out []Value
+	for _, n := range f.documents(data) {
+		if v := (Value{f: f, node: n, where: "the document"}); v.Exists() {
+			out = append(out, v)
+		}
+	}
+	return f, out
+}
+
+// documents are the tops of all documents in data.
+func (f *File) documents(data []byte) []*yaml.Node {
+	var out []*yaml.Node
+	for dec := yaml.NewDecoder(bytes.NewReader(data)); ; {
+		var doc yaml.Node
+		err := dec.Decode(&doc)
+		switch {
+		case errors.Is(err, io.EOF) && len(out) == 0:
+			f.fail(1, 0, "the file is empty")
+			return nil
+		case errors.Is(err, io.EOF):
+			return out
+		case err != nil:
+			f.failYAML(err)
+			return out
+		case len(doc.Content) > 0:
+			out = append(out, doc.Content[0])
+		}
+	}
 }
 
 func (f *File) failYAML(err error) {
@@ -126,6 +147,12 @@ type Value struct {
 func (v Value) Exists() bool {
 	return v.node != nil && !(v.node.Kind == yaml.ScalarNode && v.node.Tag == "!!null")
 }
+
+// IsList tells whether the value is a sequence.
+func (v Value) IsList() bool { return v.node != nil && v.node.Kind == yaml.SequenceNode }
+
+// IsMapping tells whether the value is a mapping.
+func (v Value) IsMapping() bool { return v.node != nil && v.node.Kind == yaml.MappingNode }
 
 // Line is the value's line, or its parent's where it is absent.
 func (v Value) Line() int {
@@ -193,6 +220,26 @@ func (v Value) Fields(known ...string) map[string]Value {
 			continue
 		}
 		out[key.Value] = Value{f: v.f, node: val, parent: key, where: key.Value}
+	}
+	return out
+}
+
+// Head reads some keys of a mapping that Fields reads whole elsewhere: it says
+// nothing about the others, nor about what is no mapping.
+func (v Value) Head(keys ...string) map[string]Value {
+	out := make(map[string]Value, len(keys))
+	for _, k := range keys {
+		out[k] = Value{f: v.f, where: k}
+		if !v.IsMapping() {
+			continue
+		}
+		out[k] = Value{f: v.f, parent: v.node, where: k}
+		for i := 0; i+1 < len(v.node.Content); i += 2 {
+			if key, val := v.node.Content[i], v.node.Content[i+1]; key.Value == k && val.Kind != yaml.AliasNode {
+				out[k] = Value{f: v.f, node: val, parent: key, where: k}
+				break
+			}
+		}
 	}
 	return out
 }

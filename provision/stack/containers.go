@@ -1,0 +1,260 @@
+package stack
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"platter/provision"
+	"platter/provision/stack/quadlet"
+)
+
+// imagesDir is where an operating system image may bring archives of container
+// images along.
+const imagesDir = "/usr/share/platter/stack"
+
+// containersDir is podman's.
+const containersDir = "var/lib/containers"
+
+// contained tells whether podman runs the component.
+func contained(c provision.PlacedComponent) bool {
+	return c.Kind == provision.KindCompose || c.Kind == provision.KindKube
+}
+
+// containerFiles are what podman's systemd generator makes the component's
+// services of.
+func containerFiles(view provision.View, c provision.PlacedComponent) ([]file, error) {
+	name := "manifest of " + c.Name
+	text, err := view.Render(name, c.Manifest)
+	if err != nil {
+		return nil, err
+	}
+	units, err := quadlet.Of(c.Component, name, text)
+	if err != nil {
+		return nil, err
+	}
+	var out []file
+	for _, f := range units.Files {
+		out = append(out, file{component: c.Name, path: strings.TrimPrefix(quadlet.Dir, "/") + "/" + f.Name, mode: fs.FileMode(f.Mode), text: f.Text})
+	}
+	return out, nil
+}
+
+// dropContainers removes what an earlier plan left of containers.
+func dropContainers(root string, keep []file) error {
+	dir := filepath.Join(root, quadlet.Dir)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if slices.ContainsFunc(keep, func(f file) bool { return filepath.Join(root, f.path) == path }) {
+			continue
+		}
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+	}
+	return syncDir(dir)
+}
+
+// makeData makes the component's data folders below root: podman makes none.
+func makeData(root string, c provision.PlacedComponent) error {
+	for _, d := range c.Data {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// podman runs podman and returns what it prints.
+func podman(ctx context.Context, args ...string) (string, error) {
+	var out, wrong bytes.Buffer
+	cmd := exec.CommandContext(ctx, "/usr/bin/podman", args...)
+	cmd.Stdout, cmd.Stderr = &out, &wrong
+	if err := cmd.Run(); err != nil {
+		said := strings.TrimSpace(wrong.String())
+		if len(said) > 500 {
+			said = "..." + said[len(said)-500:]
+		}
+		return "", fmt.Errorf("podman %s: %w: %s", args[0], err, said)
+	}
+	return strings.TrimSpace(out.String()), nil
+}
+
+// bringImages sees that every image of the component is in podman's store as the
+// stack file pins it, and lets the component's services start. What is missing or
+// damaged is imported again from its archive. It tells whether services that run
+// have to be restarted.
+func (n *node) bringImages(ctx context.Context, c provision.PlacedComponent) (changed bool, err error) {
+	if !n.sound {
+		if err := n.checkImages(ctx); err != nil {
+			return false, err
+		}
+		n.sound = true
+	}
+	// The file says that all of these were written to the disk.
+	var lines strings.Builder
+	for _, i := range c.Images {
+		fmt.Fprintf(&lines, "%s %s\n", i.Name, i.Digest)
+	}
+	kept, err := os.ReadFile(filepath.Join(n.root, memberDir, c.Name))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	imported := slices.Collect(strings.Lines(string(kept)))
+	for _, i := range c.Images {
+		if slices.Contains(imported, i.Name+" "+i.Digest+"\n") {
+			if digest, err := n.podman(ctx, "image", "inspect", "--format", "{{.Digest}}", i.Name); err == nil && digest == i.Digest {
+				continue
+			}
+			n.rep.Logf("the image %s of %s is gone from this node or is another one", i.Name, c.Name)
+		}
+		file, err := n.importImage(ctx, i)
+		if err != nil {
+			if ctx.Err() != nil {
+				return false, ctx.Err()
+			}
+			return false, &provision.Failure{Code: "stack-image",
+				Message: fmt.Sprintf("the image %s of the component %s cannot be imported on node %s: %v", i.Name, c.Name, n.plan.Node, err),
+				Next:    fmt.Sprintf("Run 'platter stack check' on the stack file, then bring %s to the node again; the agent keeps trying", path.Base(i.File))}
+		}
+		n.rep.Logf("imported the image %s of %s from %s", i.Name, c.Name, file)
+		changed = true
+	}
+	if changed {
+		if err := syncTree(filepath.Join(n.root, containersDir)); err != nil {
+			return false, fmt.Errorf("node %s: writing container images: %w: look at the disk's free space and health", n.plan.Node, err)
+		}
+	}
+	if _, err := put(n.root, file{path: memberDir + c.Name, mode: 0o644, text: lines.String()}); err != nil {
+		return false, fmt.Errorf("node %s: writing /%s%s: %w: look at the disk's free space and health", n.plan.Node, memberDir, c.Name, err)
+	}
+	return changed || n.repaired, nil
+}
+
+// checkImages hashes every layer in podman's store. Where it is damaged all
+// containers of the node stop, and what is wrong is removed with the containers on
+// it; named volumes are elsewhere.
+func (n *node) checkImages(ctx context.Context) error {
+	_, err := n.podman(ctx, "system", "check")
+	if err == nil || ctx.Err() != nil {
+		return ctx.Err()
+	}
+	n.rep.Logf("the store of container images is damaged, what is wrong in it is removed: %v", err)
+	// Containers that are removed under their services leave their addresses and
+	// ports taken.
+	own := here(n.plan)
+	for _, c := range slices.Backward(own) {
+		if !contained(c) {
+			continue
+		}
+		for _, u := range slices.Backward(c.Units) {
+			if err := n.units(u).Stop(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	// It may fail halfway over a pod that uses what it removes, having done its work.
+	_, repair := n.podman(ctx, "system", "check", "--repair", "--force")
+	if _, err := n.podman(ctx, "system", "check"); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return &provision.Failure{Code: "stack-image-store",
+			Message: fmt.Sprintf("the store of container images on node %s is damaged and cannot be repaired: %v", n.plan.Node, errors.Join(err, repair)),
+			Next:    "Look at the disk's health; 'platter node reinstall " + n.plan.Node + "' makes the store anew"}
+	}
+	n.repaired = true
+	return nil
+}
+
+// importImage puts the image into podman's store, from the first archive that
+// holds it, whose name it returns. podman hashes everything that it reads.
+func (n *node) importImage(ctx context.Context, i provision.OCIImage) (file string, err error) {
+	files, err := n.archives(path.Base(i.File))
+	if err != nil {
+		return "", err
+	}
+	var wrong []error
+	for _, file := range files {
+		id, err := n.podman(ctx, "pull", "--quiet", "oci-archive:"+file)
+		if err != nil {
+			wrong = append(wrong, fmt.Errorf("%s: %w", file, err))
+			continue
+		}
+		digest, err := n.podman(ctx, "image", "inspect", "--format", "{{.Digest}}", id)
+		switch {
+		case err != nil:
+			wrong = append(wrong, fmt.Errorf("%s: %w", file, err))
+		case digest != i.Digest:
+			// It may have taken the name.
+			_, err := n.podman(ctx, "untag", id)
+			wrong = append(wrong, errors.Join(fmt.Errorf("%s holds %s, not %s", file, digest, i.Digest), err))
+		default:
+			_, err := n.podman(ctx, "tag", id, i.Name)
+			return file, err
+		}
+	}
+	return "", errors.Join(wrong...)
+}
+
+// archives are the files of that name on this node: of its releases, the one in
+// use first, and of its operating system image.
+func (n *node) archives(name string) ([]string, error) {
+	dir := filepath.Join(n.root, ReleasesDir)
+	current, previous, err := InUse(dir)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	digests := []string{current, previous}
+	for _, e := range entries {
+		if _, err := os.Stat(filepath.Join(dir, e.Name(), releaseComplete)); err == nil && !slices.Contains(digests, e.Name()) {
+			digests = append(digests, e.Name())
+		}
+	}
+	var places, out []string
+	for _, d := range digests {
+		if d != "" {
+			places = append(places, ReleaseFile(dir, d, name))
+		}
+	}
+	for _, p := range append(places, filepath.Join(n.root, imagesDir, name)) {
+		if _, err := os.Stat(p); err == nil {
+			out = append(out, p)
+		}
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("%s is in no release on this node and not in %s", name, imagesDir)
+	}
+	return out, nil
+}
+
+// syncTree writes the file system that dir is on to its disk.
+func syncTree(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return unix.Syncfs(int(d.Fd()))
+}
