@@ -29,6 +29,9 @@ type Member struct {
 	Sees     []string  `json:"sees"`   // members that run, as this node sees it
 	Misses   []Missing `json:"misses"` // members that do not
 	LastSeen time.Time `json:"last_seen,omitzero"`
+	// Release of the stack that the node runs: a digest, or Installed; empty: it
+	// has not said.
+	Release string `json:"release,omitempty"`
 }
 
 // Missing is a member that others miss.
@@ -54,7 +57,7 @@ func ClusterOf(states []State, now time.Time) Cluster {
 	first := map[string]time.Time{}    // node -> since when
 	strangers := map[string][]string{} // name -> who knows it
 	for _, s := range states {
-		m := Member{Node: s.Name, Stage: s.Stage, Sees: []string{}, Misses: []Missing{}, LastSeen: s.LastSeen}
+		m := Member{Node: s.Name, Stage: s.Stage, Sees: []string{}, Misses: []Missing{}, LastSeen: s.LastSeen, Release: s.Facts[FactRelease]}
 		switch {
 		case s.Stage == StageFailed && s.Failure != nil:
 			wrong("%s has failed: %s", s.Name, s.Failure.Error())

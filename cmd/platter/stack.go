@@ -102,6 +102,7 @@ Exit codes: 0 everything works, 1 a probe failed; it says what to do next.`,
 		tableOrJSON(sub, &output)
 	}
 	c.AddCommand(status, probe, acceptCmd(op), siteKeyCmd(op))
+	c.AddCommand(rollCmds(op)...)
 	c.AddCommand(stackFileCmds()...)
 	c.AddCommand(releaseCmds(op)...)
 	return c
@@ -109,7 +110,7 @@ Exit codes: 0 everything works, 1 a probe failed; it says what to do next.`,
 
 func printCluster(w io.Writer, c provision.Cluster, now time.Time) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "NODE\tSTAGE\tSEES\tMISSES\tLAST SEEN\t")
+	fmt.Fprintln(tw, "NODE\tSTAGE\tRELEASE\tSEES\tMISSES\tLAST SEEN\t")
 	for _, m := range c.Members {
 		var misses []string
 		for _, x := range m.Misses {
@@ -119,10 +120,16 @@ func printCluster(w io.Writer, c provision.Cluster, now time.Time) error {
 		if !m.LastSeen.IsZero() {
 			seen = fmt.Sprintf("%s ago", now.Sub(m.LastSeen).Round(time.Second))
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t\n", m.Node, m.Stage, or(strings.Join(m.Sees, ",")), or(strings.Join(misses, ",")), seen)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t\n", m.Node, m.Stage, or(m.Release[:min(12, len(m.Release))]), or(strings.Join(m.Sees, ",")), or(strings.Join(misses, ",")), seen)
 	}
 	if err := tw.Flush(); err != nil {
 		return err
+	}
+	for _, m := range c.Members {
+		if m.Release != c.Members[0].Release {
+			fmt.Fprintln(w, "\nNot all nodes run the same release of the stack: 'platter stack upgrade' brings them to one.")
+			break
+		}
 	}
 	if c.Whole {
 		_, err := fmt.Fprintf(w, "\nThe cluster is whole: %d %s.\n", len(c.Members), plural(len(c.Members), "member"))

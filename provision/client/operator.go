@@ -181,6 +181,26 @@ func (o *Operator) FollowOrder(ctx context.Context, id int64) iter.Seq2[provisio
 	return stream[provision.OrderStatus](ctx, o, http.MethodGet, fmt.Sprintf("/v1/orders/%d", id), nil, "the order had ended")
 }
 
+// Roll begins to take the rack's nodes to another release.
+func (o *Operator) Roll(ctx context.Context, ask provision.RollRequest) (provision.Roll, error) {
+	var out provision.Roll
+	err := o.call(ctx, http.MethodPost, "/v1/stack/roll", ask, &out)
+	return out, err
+}
+
+// PlanRoll tells what Roll would change on each node, and changes nothing.
+func (o *Operator) PlanRoll(ctx context.Context, ask provision.RollRequest) ([]provision.RollPlan, error) {
+	var out []provision.RollPlan
+	err := o.call(ctx, http.MethodPost, "/v1/stack/roll/plan", ask, &out)
+	return out, err
+}
+
+// FollowRoll yields the last roll as it is and then whenever it changes, until
+// it has ended. An error ends that; the roll goes on.
+func (o *Operator) FollowRoll(ctx context.Context) iter.Seq2[provision.Roll, error] {
+	return stream[provision.Roll](ctx, o, http.MethodGet, "/v1/stack/roll", nil, "the roll had ended")
+}
+
 func (o *Operator) change(ctx context.Context, name, what string, in any) (provision.State, error) {
 	var out provision.State
 	err := o.call(ctx, http.MethodPost, nodePath(name, what), in, &out)

@@ -126,6 +126,7 @@ const (
 	CodeUnknownOrder = "unknown-order" // no order has that id, or it was forgotten
 	CodeOrderTaken   = "order-taken"   // the node has it already, or it has ended
 	CodeNoOrders     = "no-orders"     // the node takes none now
+	CodeNoRoll       = "no-roll"       // the rack cannot go to another release now
 	CodeInternal     = "internal"      // the disc host failed; its log says why
 	CodeWrongServer  = "wrong-server"  // what answers is not this site's disc host
 	CodeNotRunning   = "not-running"   // no disc host answers on the socket

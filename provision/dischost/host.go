@@ -61,6 +61,8 @@ type Host struct {
 	mu sync.Mutex
 	// probing is held while an operator's probes run.
 	probing sync.Mutex
+	// rolling is held while a roll to another release begins.
+	rolling sync.Mutex
 	// boots has what each machine got last, budget what each unknown machine
 	// may still journal. Both have at most one entry for each listed node or
 	// machine.
@@ -70,6 +72,8 @@ type Host struct {
 	// client's limit.
 	heartbeat time.Duration
 	poll      time.Duration // how long a node waits for an order
+	proving   time.Duration // how long a node that was switched has to show that it works
+	whole     time.Duration // how long a roll waits for a whole cluster before it begins
 }
 
 type boot struct {
@@ -86,7 +90,7 @@ type budget struct {
 // New makes a Host. Serve NodeAPI, OperatorAPI and ReadOnly, give the Host to
 // pxe, and Run it.
 func New(c Config) *Host {
-	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll}
+	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll, proving: rollProving, whole: rollWhole}
 }
 
 var _ pxe.Backend = (*Host)(nil)

@@ -81,7 +81,8 @@ func whyAlone(s provision.State, others []provision.State) string {
 
 // Run declares nodes ready until ctx ends: as soon as two of them are members
 // of the cluster it sends a message each way, and again and again until one
-// arrives. It also withdraws orders that no node asked for in time.
+// arrives. It also withdraws orders that no node asked for in time, and carries on
+// a roll to another release.
 func (h *Host) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
@@ -96,6 +97,7 @@ func (h *Host) Run(ctx context.Context) error {
 	busy, later, tries, said := map[string]bool{}, map[string]bool{}, map[string]int{}, map[string]string{}
 	sub := h.Store.Subscribe(-1)
 	defer sub.Close()
+	running.Go(func() { h.roll(ctx) })
 	running.Go(func() {
 		for ctx.Err() == nil {
 			_, err := nextWithin(ctx, sub, probeRecheck)

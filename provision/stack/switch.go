@@ -548,12 +548,24 @@ func (s *switcher) start(ctx context.Context) error {
 	n := &node{plan: plan, sec: s.sec, root: s.root, p: p, ask: s.ask, rep: s.rep, patience: patience, pause: backoff, podman: podman,
 		units: func(name string) unit { return s.sd.Unit(name) }}
 	for _, c := range here(plan) {
-		err := n.bring(ctx, c, false)
-		if err == nil {
-			err = n.healthy(ctx, c)
-		}
-		if err != nil {
-			return fmt.Errorf("component %s: %w", c.Name, err)
+		until := time.Now().Add(patience)
+		for k := 0; ; k++ {
+			err := n.bring(ctx, c, false)
+			if err == nil {
+				err = n.healthy(ctx, c)
+			}
+			if err == nil {
+				break
+			}
+			// One that starts and is asked too early may answer later; one that does
+			// not start was tried often enough.
+			if f := new(provision.Failure); errors.As(err, &f) && f.Code == "stack-start" || time.Now().After(until) || ctx.Err() != nil {
+				return fmt.Errorf("component %s: %w", c.Name, err)
+			}
+			s.rep.Logf("switch: component %s: %v", c.Name, err)
+			if err := provision.Sleep(ctx, n.pause(k)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

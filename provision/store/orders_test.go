@@ -113,7 +113,7 @@ func TestFirstSchema(t *testing.T) {
 	c, path := newClock(), filepath.Join(t.TempDir(), "journal.db")
 	db, err := sql.Open("sqlite", "file:"+(&url.URL{Path: path}).EscapedPath())
 	must(t, err)
-	_, err = db.Exec(strings.TrimSuffix(schema, schema2) + `PRAGMA user_version = 1;
+	_, err = db.Exec(strings.TrimSuffix(schema, schema2+schema3) + `PRAGMA user_version = 1;
 		INSERT INTO events (node, event) VALUES ('node1', '{"time":"2026-01-01T00:00:00Z","kind":"grant","node":"node1","generation":4}')`)
 	must(t, err)
 	if _, err := db.Exec(`SELECT * FROM orders`); err == nil {

@@ -21,7 +21,7 @@ import (
 )
 
 // version is the schema that this program writes; PRAGMA user_version has it.
-const version = 2
+const version = 3
 
 const schema = `
 CREATE TABLE events (
@@ -57,7 +57,7 @@ CREATE TABLE batches (                       -- reports that were taken
 	time   INTEGER NOT NULL,                 -- Unix seconds
 	PRIMARY KEY (node, stream)
 ) STRICT, WITHOUT ROWID;
-` + schema2
+` + schema2 + schema3
 
 // schema2 is what version 2 added.
 const schema2 = `
@@ -68,6 +68,14 @@ CREATE TABLE orders (                        -- what the events of an order leav
 	result TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX orders_of_node ON orders (node, id);
+`
+
+// schema3 is what version 3 added.
+const schema3 = `
+CREATE TABLE rolls (
+	id   INTEGER PRIMARY KEY,
+	roll TEXT NOT NULL                       -- provision.Roll, JSON
+) STRICT;
 `
 
 // Store is the open journal. Its methods may be called at once from several
@@ -91,6 +99,9 @@ type Store struct {
 	orders map[string]provision.Orders
 	// ordered is closed and replaced when orders changes.
 	ordered chan struct{}
+	roll    *provision.Roll // the last one; never changed, only replaced
+	// rolled is closed and replaced when roll changes.
+	rolled chan struct{}
 }
 
 // Open opens the journal at path, makes it and its directory at the first
@@ -107,7 +118,7 @@ func Open(path string, now func() time.Time) (*Store, error) {
 	s := &Store{
 		lock: lock, now: now, states: map[string]provision.State{}, owner: map[provision.MAC]string{},
 		rack: &provision.Rack{}, subs: map[*Subscription]struct{}{},
-		orders: map[string]provision.Orders{}, ordered: make(chan struct{}),
+		orders: map[string]provision.Orders{}, ordered: make(chan struct{}), rolled: make(chan struct{}),
 	}
 	if err := s.open(path); err != nil {
 		s.Close()
@@ -163,6 +174,9 @@ func (s *Store) open(path string) error {
 	if err := s.clean(); err != nil {
 		return err
 	}
+	if err := s.readRoll(); err != nil {
+		return err
+	}
 	for {
 		events, err := s.readEvents(context.Background(), "", s.last, 1<<62, 1000)
 		if err != nil {
@@ -203,7 +217,9 @@ func (s *Store) migrate() error {
 	case 0:
 		add = schema
 	case 1:
-		add = schema2
+		add = schema2 + schema3
+	case 2:
+		add = schema3
 	default:
 		return fmt.Errorf("its schema is version %d, this program knows %d: use the program that wrote it, or a newer one", have, version)
 	}

@@ -554,3 +554,39 @@ func TestKilled(t *testing.T) {
 		must(t, s.Close())
 	}
 }
+
+// A roll is kept, also over a restart, and whoever waits for it hears of it.
+func TestRoll(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "journal.db")
+	s, err := Open(path, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, changed := s.Roll()
+	if r != nil {
+		t.Fatalf("a new journal has the roll %+v", r)
+	}
+	first := provision.Roll{To: "x", Nodes: []provision.RollNode{{Name: "a", State: provision.RollWaiting}}, Line: "not kept"}
+	if err := s.KeepRoll(t.Context(), &first); err != nil || first.ID != 1 {
+		t.Fatalf("roll %d: %v", first.ID, err)
+	}
+	<-changed
+	first.Nodes[0].State = provision.RollDone // the store has its own
+	if r, _ = s.Roll(); r.Nodes[0].State != provision.RollWaiting {
+		t.Errorf("what is kept is %+v", r)
+	}
+	second := provision.Roll{To: "y", Ended: true}
+	if err := errors.Join(s.KeepRoll(t.Context(), &first), s.KeepRoll(t.Context(), &second)); err != nil || second.ID != 2 {
+		t.Fatalf("roll %d: %v", second.ID, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Open(path, time.Now); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if r, _ = s.Roll(); r == nil || r.ID != 2 || !r.Ended || r.Line != "" {
+		t.Errorf("after a restart the roll is %+v", r)
+	}
+}
