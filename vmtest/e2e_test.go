@@ -25,7 +25,7 @@ import (
 
 // One rack from power-on to a chat message, and everything that is then done
 // to it: the disc host is killed while nodes write, a kernel panics, a node is
-// installed again, all lose power.
+// installed again. What the service stands beyond that: TestStack.
 func TestRack(t *testing.T) {
 	r := newRig(t, fmt.Sprintf(labHead, "e2e-rack")+`
   - {name: node1, mac: "52:54:00:77:01:01", firmware: bios, cpus: 2, memory: 3GiB, disks: [{size: 8GiB, serial: one}]}
@@ -165,19 +165,6 @@ func TestRack(t *testing.T) {
 		members := r.ssh("10.77.0.11", "ejabberdctl list_cluster")
 		if strings.Count(members, "ejabberd@") != 2 {
 			t.Errorf("the cluster is %q", members)
-		}
-	})
-	// The first to go down and come back waits for the other one's database.
-	t.Run("the whole rack loses power and comes back in the wrong order", func(t *testing.T) {
-		falls(t, "node2", 2, func() {
-			r.power("off", "node2")
-			r.power("off", "node1")
-			r.power("on", "node2")
-			r.await("node2 is up alone", stageIs("node2", provision.StageJoining))
-			r.power("on", "node1")
-		})
-		if n := count(r.events("node1"), isInstallBoot); n != 1 {
-			t.Errorf("node1 was given the installer %d times", n)
 		}
 	})
 }

@@ -273,7 +273,7 @@ func newHost(t *testing.T, guests []guest) host {
 	r.await("the host is ready", stageIs("node1", provision.StageReady))
 	h := host{r, "10.77.0.11", guests}
 	// The messaging service is tested elsewhere; its start is half of a boot.
-	h.script("systemctl -q mask --now ejabberd")
+	h.script("for unit in nginx ejabberd haproxy patroni etcd; do systemctl -q disable --now $unit && systemctl -q mask $unit; done")
 	return h
 }
 
