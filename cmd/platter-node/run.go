@@ -62,7 +62,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		}
 		return nil
 	case "stack-wait": // by systemd, before a unit that needs another component
-		return stackWait(ctx, args[2:], stderr)
+		return stackWait(ctx, args[2:], func(ctx context.Context, plan provision.Plan, component string) error {
+			sec, err := stack.Secrets("/")
+			if err != nil {
+				return err
+			}
+			return stack.Wait(ctx, plan, sec, component, stderr)
+		})
+	case "stack-founded": // by systemd, before one that must not be the first
+		return stackWait(ctx, args[2:], stack.Founded)
 	case "version":
 		_, err := fmt.Fprintln(stdout, version())
 		return err
@@ -74,20 +82,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return fmt.Errorf("unknown command %q", command)
 }
 
-// stackWait returns when a component of this node is healthy.
-func stackWait(ctx context.Context, args []string, log io.Writer) error {
+// stackWait waits for a component, as this host's plan has it.
+func stackWait(ctx context.Context, args []string, wait func(context.Context, provision.Plan, string) error) error {
 	if len(args) != 1 {
-		return errors.New("stack-wait: name one component")
+		return errors.New("name one component")
 	}
 	var plan provision.Plan
 	if err := readJSON("/etc/platter/plan.json", &plan); err != nil {
 		return fmt.Errorf("the plan of this host: %w: reinstall the node", err)
 	}
-	sec, err := stack.Secrets("/")
-	if err != nil {
-		return err
-	}
-	return stack.Wait(ctx, plan, sec, args[0], log)
+	return wait(ctx, plan, args[0])
 }
 
 // said ends the program with this code; why was said already.

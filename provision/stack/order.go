@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
+	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -34,6 +37,10 @@ func order(plan provision.Plan, c provision.PlacedComponent, unit string) string
 	if !contained(c) {
 		after = append(after, c.Units[:slices.Index(c.Units, unit)]...)
 	}
+	service := strings.HasSuffix(unit, ".service")
+	if !service {
+		after = nil // sockets come before every service: systemd would break the cycle anywhere
+	}
 	var s strings.Builder
 	s.WriteString("# Written by Platter.\n[Unit]\n")
 	if len(after) > 0 {
@@ -45,7 +52,7 @@ func order(plan provision.Plan, c provision.PlacedComponent, unit string) string
 	} else if contained(c) {
 		fmt.Fprintf(&s, "# The agent makes it once the container images are there.\nConditionPathExists=/%s%s\n", memberDir, c.Name)
 	}
-	if !strings.HasSuffix(unit, ".service") {
+	if !service {
 		return s.String()
 	}
 	s.WriteString(`# Others may be away for long: it is tried until they are back.
@@ -59,7 +66,43 @@ TimeoutStartSec=infinity
 	for _, name := range wait {
 		fmt.Fprintf(&s, "ExecStartPre=+%s stack-wait %s\n", hostprep.NodeSelf[0], name)
 	}
+	if c.Member == provision.MemberEjabberd && plan.Node != c.Members[0] {
+		fmt.Fprintf(&s, "# Two that make the database's tables at the same time fail.\nExecStartPre=+%s stack-founded %s\n", hostprep.NodeSelf[0], c.Name)
+	}
 	return s.String()
+}
+
+// Founded returns when another node serves the component, or at once where this
+// node has been its member before. It waits for a few minutes only: the others
+// may be away.
+func Founded(ctx context.Context, plan provision.Plan, component string) error {
+	if _, err := os.Stat("/" + markerFile); err == nil {
+		return nil
+	}
+	view := provision.ViewOf(plan, provision.StackSecrets{})
+	hosts, err := view.Members(component)
+	if err != nil {
+		return err
+	}
+	port, err := view.Port(component, "xmpp")
+	if err != nil {
+		return err
+	}
+	for began := time.Now(); time.Since(began) < 10*time.Minute; {
+		for _, h := range hosts {
+			if h.Name == plan.Node {
+				continue
+			}
+			conn, err := (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, "tcp", netip.AddrPortFrom(h.Address, uint16(port)).String())
+			if err == nil {
+				return conn.Close()
+			}
+		}
+		if err := provision.Sleep(ctx, time.Second); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Wait returns when the component, which this node has, is healthy. Now and
