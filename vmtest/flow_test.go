@@ -23,11 +23,11 @@ import (
 	"mellium.im/sasl"
 	"mellium.im/xmlstream"
 	"mellium.im/xmpp"
-	"mellium.im/xmpp/history"
 	"mellium.im/xmpp/jid"
 	"mellium.im/xmpp/stanza"
 
 	"platter/provision"
+	"platter/provision/stack/session"
 )
 
 // A flow is users who write to each other all the time, as people outside of
@@ -443,29 +443,5 @@ func (u *writer) archive() (map[string]bool, error) {
 		return nil, err
 	}
 	defer s.Conn().Close()
-	found := map[string]bool{}
-	go s.Serve(xmpp.HandlerFunc(func(rw xmlstream.TokenReadEncoder, start *xml.StartElement) error {
-		if start.Name.Local != "message" {
-			return nil
-		}
-		var in struct {
-			Result struct {
-				Body string `xml:"forwarded>message>body"`
-			} `xml:"urn:xmpp:mam:2 result"`
-		}
-		err := xml.NewTokenDecoder(xmlstream.MultiReader(xmlstream.Token(*start), rw)).Decode(&in)
-		found[in.Result.Body] = true
-		return err
-	}))
-	q := history.Query{ID: "all", Limit: 200}
-	for {
-		r, err := history.Fetch(ctx, q, jid.JID{}, s)
-		if err != nil {
-			return nil, err
-		}
-		if r.Complete || r.Set.Last == "" {
-			return found, nil
-		}
-		q.PageID = r.Set.Last
-	}
+	return session.Archived(ctx, s)
 }

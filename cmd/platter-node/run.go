@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -21,6 +20,7 @@ import (
 	"platter/provision/client"
 	"platter/provision/disk"
 	"platter/provision/install"
+	"platter/provision/jsonfile"
 	"platter/provision/stack"
 )
 
@@ -88,7 +88,7 @@ func stackWait(ctx context.Context, args []string, wait func(context.Context, pr
 		return errors.New("name one component")
 	}
 	var plan provision.Plan
-	if err := readJSON("/etc/platter/plan.json", &plan); err != nil {
+	if err := jsonfile.Read("/etc/platter/plan.json", &plan); err != nil {
 		return fmt.Errorf("the plan of this host: %w: reinstall the node", err)
 	}
 	return wait(ctx, plan, args[0])
@@ -136,7 +136,7 @@ func installByHand(ctx context.Context, args []string, stdout, stderr io.Writer)
 	}
 	var p provision.Plan
 	var n byHand
-	if err := errors.Join(readJSON(*plan, &p), readJSON(*secrets, &n.secrets)); err != nil {
+	if err := errors.Join(jsonfile.Read(*plan, &p), jsonfile.Read(*secrets, &n.secrets)); err != nil {
 		return err
 	}
 	n.identity = client.Identity{Node: p.Node, Generation: p.Generation, URL: p.DiscHost}
@@ -158,17 +158,6 @@ func installByHand(ctx context.Context, args []string, stdout, stderr io.Writer)
 		HTTP:    &http.Client{Transport: &http.Transport{DialContext: (&net.Dialer{Timeout: 10 * time.Second}).DialContext}},
 		Machine: stays{}, Prepare: prepare, Grow: disk.Grow, Executable: self,
 	}, p)
-}
-
-func readJSON(file string, v any) error {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, v); err != nil {
-		return fmt.Errorf("%s: %w", file, err)
-	}
-	return nil
 }
 
 // byHand is a disc host whose answers are known beforehand.

@@ -18,6 +18,7 @@ import (
 	"platter/hostprep"
 	"platter/hostprep/profile"
 	"platter/provision"
+	"platter/provision/jsonfile"
 )
 
 // Usage is the help of the command.
@@ -172,7 +173,7 @@ func (c *command) run(ctx context.Context, args []string) (int, error) {
 func (c *command) host(ctx context.Context) (*hostprep.Host, error) {
 	h := &hostprep.Host{Root: c.Root}
 	var plan provision.Plan
-	switch err := readJSON(filepath.Join(c.Root, planPath), &plan); {
+	switch err := jsonfile.Read(filepath.Join(c.Root, planPath), &plan); {
 	case err == nil && (c.rackFile != "" || c.profile != ""):
 		return nil, fmt.Errorf("this host has a plan of its own, %s: leave out -c and --profile, or reinstall the node with another rack file", planPath)
 	case err == nil && plan.Format != provision.PlanFormat:
@@ -213,7 +214,7 @@ func (c *command) target() (t Target, err error) {
 		t.Spec, err = ofProfile(c.profile)
 		c.told = &t
 	default:
-		err = readJSON(filepath.Join(c.Root, toldPath), &t)
+		err = jsonfile.Read(filepath.Join(c.Root, toldPath), &t)
 		if errors.Is(err, fs.ErrNotExist) {
 			t.Spec, err = ofProfile(profile.Default)
 		}
@@ -429,14 +430,3 @@ type quiet struct{}
 func (quiet) Phase(string, int, int)  {}
 func (quiet) Logf(string, ...any)     {}
 func (quiet) Facts(map[string]string) {}
-
-func readJSON(name string, v any) error {
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, v); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	return nil
-}

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +20,7 @@ import (
 	"platter/hostprep"
 	"platter/provision"
 	"platter/provision/client"
+	"platter/provision/jsonfile"
 	"platter/provision/stack"
 )
 
@@ -78,7 +78,7 @@ func Run(ctx context.Context, c Config) error {
 func (c Config) run(ctx context.Context, anew func()) error {
 	upAtStart := hostprep.SinceBoot()
 	var plan provision.Plan
-	if err := readJSON(c.PlanPath, &plan); err != nil {
+	if err := jsonfile.Read(c.PlanPath, &plan); err != nil {
 		return fmt.Errorf("agent: the plan of this host: %w: reinstall the node", err)
 	}
 	if plan.Format != provision.PlanFormat {
@@ -92,7 +92,7 @@ func (c Config) run(ctx context.Context, anew func()) error {
 	// on.
 	var node *client.Node
 	var id client.Identity
-	err := readJSON(c.IdentityPath, &id)
+	err := jsonfile.Read(c.IdentityPath, &id)
 	if err == nil {
 		node, err = client.NewNode(id)
 	}
@@ -431,17 +431,6 @@ func (c Config) withDefaults() Config {
 		c.Retry = 30 * time.Second
 	}
 	return c
-}
-
-func readJSON(path string, v any) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, v); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	return nil
 }
 
 func readText(path string) string {

@@ -99,6 +99,8 @@ type lab struct {
 	others func(context.Context, probe.Kind, probe.Options) (time.Duration, error) // of other kinds; nil: all work
 	clock  func() time.Time
 
+	proving time.Duration // of the host; 0: its default
+
 	host *Host
 	url  string // of the node API; stays the same over restarts
 	addr string
@@ -107,7 +109,8 @@ type lab struct {
 	stop func()
 }
 
-func newLab(t *testing.T, nodes int) *lab {
+// newLab starts a disc host; what is set with "with" is so before it runs.
+func newLab(t *testing.T, nodes int, with ...func(*lab)) *lab {
 	t.Helper()
 	l := &lab{t: t, dir: t.TempDir(), images: &fakeImages{}, clock: time.Now, addr: "127.0.0.1:0",
 		probe: func(context.Context, probe.Options) (time.Duration, error) {
@@ -121,6 +124,9 @@ func newLab(t *testing.T, nodes int) *lab {
 		l.rack.Nodes = append(l.rack.Nodes, provision.Node{
 			Name: fmt.Sprintf("node%d", i+1), MAC: provision.MAC(fmt.Sprintf("52:54:00:00:00:%02x", i+1)),
 			Address: netip.AddrFrom4([4]byte{10, 9, 0, byte(11 + i)})})
+	}
+	for _, set := range with {
+		set(l)
 	}
 	l.start()
 	t.Cleanup(func() { l.stop() })
@@ -152,6 +158,9 @@ func (l *lab) start() {
 			return 5 * time.Millisecond, nil
 		},
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if l.proving != 0 {
+		l.host.proving = l.proving
+	}
 	cfg, err := s.ServerTLS([]netip.Addr{netip.MustParseAddr("127.0.0.1")})
 	l.check(err)
 	nodes, err := net.Listen("tcp", l.addr)

@@ -70,6 +70,9 @@ func (s *switched) live() {
 	}
 }
 
+// switches are those that were ordered until now.
+func (s *switched) switches() []string { s.mu.Lock(); defer s.mu.Unlock(); return slices.Clone(s.log) }
+
 func (s *switched) runs(node string) string { s.mu.Lock(); defer s.mu.Unlock(); return s.current[node] }
 
 func (s *switched) carryOut(ctx context.Context, node string, o provision.Order) *provision.OrderNews {
@@ -144,7 +147,7 @@ func TestRollOverARestart(t *testing.T) {
 		t.Errorf("%s%v", states, f)
 	}
 	want := "node2 2222 false [ejabberd] [node1 node2 node3], node3 2222 false [] [node1 node2 node3], node1 2222 false [] [node1 node2 node3]"
-	if got := strings.Join(slices.Compact(s.log), ", "); got != want {
+	if got := strings.Join(slices.Compact(s.switches()), ", "); got != want {
 		t.Errorf("it was ordered\n%s, want\n%s", got, want)
 	}
 	if _, err := l.op.Roll(t.Context(), provision.RollRequest{Release: "2"}); err == nil || !strings.Contains(err.Error(), "every node runs release 2 already") {
@@ -167,17 +170,17 @@ func TestRollTurnsRound(t *testing.T) {
 		"it cannot go back": {map[string]string{"node3": release2, "node2": provision.Installed}, "", "node2 lost; node3 kept; node1 waiting; ", "node2 2222, node3 2222, node2 inst", "component ejabberd of node3 does not start"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := newLab(t, 3)
-			s := &switched{l: l, current: map[string]string{}, refuses: c.refuses}
-			l.host.proving = 2 * time.Second
-			l.others = func(_ context.Context, k probe.Kind, o probe.Options) (time.Duration, error) {
-				s.mu.Lock()
-				defer s.mu.Unlock()
-				if k == probe.Upload && o.From.Node == c.silent && s.current[c.silent] == release2 {
-					return 0, errors.New("no files at " + c.silent)
+			s := &switched{current: map[string]string{}, refuses: c.refuses}
+			l := newLab(t, 3, func(l *lab) {
+				l.proving = 2 * time.Second
+				l.others = func(_ context.Context, k probe.Kind, o probe.Options) (time.Duration, error) {
+					if k == probe.Upload && o.From.Node == c.silent && s.runs(c.silent) == release2 {
+						return 0, errors.New("no files at " + c.silent)
+					}
+					return time.Millisecond, nil
 				}
-				return time.Millisecond, nil
-			}
+			})
+			s.l = l
 			s.live()
 			plans, err := l.op.PlanRoll(t.Context(), provision.RollRequest{})
 			if err != nil || len(plans) != 3 || plans[0].Node != "node2" {
@@ -194,7 +197,7 @@ func TestRollTurnsRound(t *testing.T) {
 				t.Errorf("%s%v, want %s%s", states, f, c.states, c.says)
 			}
 			var got []string
-			for _, line := range s.log {
+			for _, line := range s.switches() {
 				f := strings.Fields(line)
 				got = append(got, f[0]+" "+f[1])
 			}

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"time"
 
 	"platter/provision"
 )
@@ -224,58 +223,4 @@ func (n *node) bringEtcd(ctx context.Context, c provision.PlacedComponent) error
 		return err
 	}
 	return n.patiently(ctx, "stack-etcd-vote", fmt.Sprintf("etcd of the rack does not give node %s a vote", n.plan.Node), "Look at 'journalctl -u etcd' on every node", e.vote)
-}
-
-// patroniKey exists once the database cluster has been made.
-const patroniKey = "/service/platter/initialize"
-
-// bringPatroni makes this node's PostgreSQL the first of a cluster or one that
-// follows.
-func (n *node) bringPatroni(ctx context.Context, c provision.PlacedComponent) error {
-	e, err := newEtcd(n.p, n.plan.Node, "etcd")
-	if err != nil {
-		return err
-	}
-	err = n.enter(ctx, c, func(ctx context.Context) (string, error) {
-		there, err := e.has(ctx, patroniKey)
-		if err != nil || there {
-			return "# The database exists.\n", err
-		}
-		j, err := n.ask(ctx)
-		if err != nil {
-			return "", err
-		}
-		if j.Role != provision.RoleForm {
-			return "", errors.New("the database has not been made yet")
-		}
-		return "# Makes the database.\n", nil
-	})
-	if err != nil {
-		return err
-	}
-	return n.start(ctx, c)
-}
-
-// enter keeps, once, what part says about how the component's instance on this
-// node begins. Until then systemd does not start it.
-func (n *node) enter(ctx context.Context, c provision.PlacedComponent, part func(context.Context) (string, error)) error {
-	gate := file{path: memberDir + c.Name, mode: 0o644}
-	kept, err := n.exists(gate.path)
-	if err != nil || kept {
-		return err
-	}
-	began := time.Now()
-	err = n.patiently(ctx, "stack-join", fmt.Sprintf("node %s finds no part in the rack's %s", n.plan.Node, c.Name),
-		"See that the other nodes are on and 'platter serve' runs; this node keeps trying", func(ctx context.Context) (err error) {
-			gate.text, err = part(ctx)
-			return err
-		})
-	if err != nil {
-		return err
-	}
-	n.rep.Facts(map[string]string{strings.ReplaceAll(c.Name, "-", "_") + "_part_ms": ms(began)})
-	if _, err := put(n.root, gate); err != nil {
-		return fmt.Errorf("node %s: writing /%s: %w: look at the disk's free space and health", n.plan.Node, gate.path, err)
-	}
-	return nil
 }

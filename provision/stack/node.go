@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"platter/hostprep"
@@ -189,4 +190,28 @@ func (n *node) exists(path string) (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// enter keeps, once, what part says about how the component's instance on this
+// node begins. Until then systemd does not start it.
+func (n *node) enter(ctx context.Context, c provision.PlacedComponent, part func(context.Context) (string, error)) error {
+	gate := file{path: memberDir + c.Name, mode: 0o644}
+	kept, err := n.exists(gate.path)
+	if err != nil || kept {
+		return err
+	}
+	began := time.Now()
+	err = n.patiently(ctx, "stack-join", fmt.Sprintf("node %s finds no part in the rack's %s", n.plan.Node, c.Name),
+		"See that the other nodes are on and 'platter serve' runs; this node keeps trying", func(ctx context.Context) (err error) {
+			gate.text, err = part(ctx)
+			return err
+		})
+	if err != nil {
+		return err
+	}
+	n.rep.Facts(map[string]string{strings.ReplaceAll(c.Name, "-", "_") + "_part_ms": ms(began)})
+	if _, err := put(n.root, gate); err != nil {
+		return fmt.Errorf("node %s: writing /%s: %w: look at the disk's free space and health", n.plan.Node, gate.path, err)
+	}
+	return nil
 }

@@ -17,6 +17,7 @@ import (
 
 	"platter/hostprep"
 	"platter/provision"
+	"platter/provision/jsonfile"
 )
 
 const (
@@ -188,7 +189,7 @@ func Releases(ctx context.Context) (provision.NodeReleases, error) {
 	}
 	slices.SortFunc(out.Staged, func(a, b provision.NodeRelease) int { return strings.Compare(a.Digest, b.Digest) })
 	var plan provision.Plan
-	if err := readJSON("/"+planFile, &plan); err != nil {
+	if err := jsonfile.Read("/"+planFile, &plan); err != nil {
 		return out, err
 	}
 	if slices.ContainsFunc(here(plan), func(c provision.PlacedComponent) bool { return c.Member == provision.MemberPatroni }) {
@@ -265,7 +266,7 @@ func newSwitcher(ctx context.Context, ask func(context.Context) (provision.Join,
 func (s *switcher) path(p string) string { return filepath.Join(s.root, p) }
 
 func (s *switcher) load() (known bool, err error) {
-	err = readJSON(s.path(journalFile), &s.j)
+	err = jsonfile.Read(s.path(journalFile), &s.j)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -590,15 +591,4 @@ func (s *switcher) point(path, release string) error {
 		return err
 	}
 	return syncDir(filepath.Dir(s.path(path)))
-}
-
-func readJSON(path string, v any) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, v); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	return nil
 }

@@ -17,12 +17,13 @@ import (
 	"syscall"
 
 	"platter/provision"
+	"platter/provision/jsonfile"
 )
 
 // check finds out what the switch changes, and refuses what would only fail on
 // the way. It changes nothing.
 func (s *switcher) check(ctx context.Context) error {
-	if err := readJSON(s.path(planFile), &s.j.From.Plan); err != nil {
+	if err := jsonfile.Read(s.path(planFile), &s.j.From.Plan); err != nil {
 		return fmt.Errorf("the plan of this node: %w: reinstall the node", err)
 	}
 	node := s.j.From.Plan.Node
@@ -47,7 +48,7 @@ func (s *switcher) check(ctx context.Context) error {
 		return err
 	}
 	var origin generation // what the install brought
-	err = readJSON(s.path(installedFile), &origin)
+	err = jsonfile.Read(s.path(installedFile), &origin)
 	switch {
 	case current == provision.Installed:
 		origin = generation{Plan: s.j.From.Plan, Packages: versions}
