@@ -81,7 +81,7 @@ demo-down: ## take the demo away
 	vmtest/demo/run.sh down
 
 .PHONY: test
-test: lint unit image slow e2e ## everything that CI runs
+test: lint unit image e2e ## everything that CI runs
 
 .PHONY: lint
 lint: build ## gofmt, vet, staticcheck
@@ -93,14 +93,19 @@ lint: build ## gofmt, vet, staticcheck
 unit: build/.test-deps ## unit tests and fuzz seeds, with the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./...
 
-.PHONY: slow
-slow: image build/.test-deps ## tests that need the built image: real ejabberd clusters in namespaces
-	bin/platter image export debian-13 root build/image/root.ext4 --store $(STORE)
-	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
-
 .PHONY: e2e
-e2e: image build/.test-deps ## racks of VMs from power-on to a chat message
-	$(GO) test -tags e2e -timeout 40m -v -run 'TestRack|TestRefus|TestServe|TestHost|TestStack' ./vmtest
+e2e: image build/.test-deps ## racks of VMs and of boxes, side by side: boxes wait more than they work
+	$(MAKE) -j2 vms boxes
+
+.PHONY: vms
+vms: image build/.test-deps ## racks of VMs from power-on to a chat message, and a prepared host
+	$(GO) test -tags e2e -timeout 50m -v -run 'TestRack|TestRefus|TestServe|TestHost' ./vmtest
+
+.PHONY: boxes
+boxes: image build/.test-deps ## the service on the image's own systemd in namespaces, and clusters of real ejabberd
+	bin/platter image export debian-13 root build/image/root.ext4 --store $(STORE)
+	$(GO) test -tags e2e -timeout 50m -v -run 'TestStack' ./vmtest
+	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
 
 .PHONY: bench
 bench: image ## one node from power-on to ready beside an unverified floor, phase by phase
