@@ -113,7 +113,7 @@ func ClusterOf(states []State, now time.Time) Cluster {
 		switch t := first[name]; {
 		case by == "":
 		case !slices.Contains(rack, name):
-			wrong("%s is in no rack file, but %s waits for it in the cluster. If it is gone for good, run 'ejabberdctl leave_cluster ejabberd@%s' on a node", name, by, name)
+			wrong("%s is in no rack file, but %s waits for it in the cluster. If it is gone for good, run 'platter stack remove %s'", name, by, name)
 		case t.IsZero() && slices.ContainsFunc(c.Wrong, func(line string) bool { return strings.HasPrefix(line, name+" ") }):
 			// Why was said above.
 		case t.IsZero():

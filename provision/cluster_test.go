@@ -76,7 +76,7 @@ func TestClusterOf(t *testing.T) {
 		}, []string{"node1 has never been seen", "node2 is a member, but no message"}},
 		"left the rack file": {func(s []State) {
 			sees(&s[0], "node1,node2,node3,node8", "node9", now)
-		}, []string{"node9 is in no rack file|leave_cluster ejabberd@node9", "node8 is in no rack file, but node1 has it"}},
+		}, []string{"node9 is in no rack file|platter stack remove node9", "node8 is in no rack file, but node1 has it"}},
 	} {
 		got := ClusterOf(rack(c.change), now)
 		if got.Whole != (len(c.wrong) == 0) || len(got.Wrong) != len(c.wrong) || len(got.Members) != 3 {

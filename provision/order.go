@@ -27,7 +27,7 @@ const (
 
 // Early tells whether a node carries orders of this kind out while it is not a
 // member of the cluster yet. All others wait until it is past StageJoining.
-func (k OrderKind) Early() bool { return k == OrderDiagnose || k == OrderStage }
+func (k OrderKind) Early() bool { return k == OrderDiagnose || k == OrderStage || k == OrderReplace }
 
 // Limits of orders.
 const (

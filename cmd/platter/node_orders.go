@@ -173,7 +173,12 @@ func orderAndWait(ctx context.Context, op *client.Operator, progress io.Writer, 
 	if err != nil {
 		return o, err
 	}
-	id, said := o.ID, ""
+	return awaitOrder(ctx, op, progress, node, o.ID)
+}
+
+// awaitOrder returns an order when it is done, see orderAndWait.
+func awaitOrder(ctx context.Context, op *client.Operator, progress io.Writer, node string, id int64) (o provision.OrderStatus, err error) {
+	said := ""
 	for o, err = range op.FollowOrder(ctx, id) {
 		if err != nil {
 			break

@@ -17,7 +17,7 @@ import (
 const notWhole = said(3)
 
 func stackCmd() *cobra.Command {
-	c := &cobra.Command{Use: "stack", Short: "Look at the IM cluster and probe it; work with stack files and their releases"}
+	c := &cobra.Command{Use: "stack", Short: "Look at the IM cluster, probe it, back it up and restore it; work with stack files and their releases"}
 	op := withOperator(c)
 	var output string
 
@@ -101,7 +101,7 @@ Exit codes: 0 everything works, 1 a probe failed; it says what to do next.`,
 	for _, sub := range []*cobra.Command{status, probe} {
 		tableOrJSON(sub, &output)
 	}
-	c.AddCommand(status, probe, acceptCmd(op), siteKeyCmd(op))
+	c.AddCommand(status, probe, acceptCmd(op), siteKeyCmd(op), backupCmd(op), restoreCmd(op), removeCmd(op))
 	c.AddCommand(rollCmds(op)...)
 	c.AddCommand(stackFileCmds()...)
 	c.AddCommand(releaseCmds(op)...)

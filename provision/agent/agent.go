@@ -159,6 +159,7 @@ func (c Config) run(ctx context.Context, anew func()) error {
 			provision.OrderLoadAccounts: {do: loadAccounts(plan, node), within: 6 * time.Hour},
 			provision.OrderOutage:       {do: outage(plan, &service), within: provision.MaxOutage*time.Second + 20*time.Minute},
 		}
+		maps.Copy(kinds, lifeKinds(plan, node, &service))
 		o := &orders{path: c.OrdersPath, kinds: kinds, next: node.NextOrder, rep: rep, log: c.Log, member: member, retry: c.Retry}
 		var running sync.WaitGroup
 		octx, stop := context.WithCancel(ctx)

@@ -37,6 +37,7 @@ type Identity struct {
 type Node struct {
 	id    Identity
 	http  *http.Client
+	parts *http.Client // more patient
 	clock func() time.Time
 }
 
@@ -150,8 +151,7 @@ func NewNode(id Identity, opts ...Option) (*Node, error) {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(ca)
-	tr := transport("", "", o.idle)
-	tr.TLSClientConfig = &tls.Config{
+	config := &tls.Config{
 		MinVersion:   tls.VersionTLS13,
 		RootCAs:      roots,
 		Certificates: []tls.Certificate{pair},
@@ -164,7 +164,10 @@ func NewNode(id Identity, opts ...Option) (*Node, error) {
 			return pair.Leaf.NotBefore
 		},
 	}
-	return &Node{id: id, http: &http.Client{Transport: tr}, clock: o.clock}, nil
+	tr, slow := transport("", "", o.idle), transport("", "", partIdle)
+	tr.TLSClientConfig, slow.TLSClientConfig = config, config.Clone()
+	slow.ExpectContinueTimeout = partIdle
+	return &Node{id: id, http: &http.Client{Transport: tr}, parts: &http.Client{Transport: slow}, clock: o.clock}, nil
 }
 
 // Identity returns what NewNode needs to speak as this node again.
@@ -175,7 +178,7 @@ func (n *Node) Identity() Identity { return n.id }
 func (n *Node) Time() time.Time { return n.clock() }
 
 // Close closes idle connections.
-func (n *Node) Close() { n.http.CloseIdleConnections() }
+func (n *Node) Close() { n.http.CloseIdleConnections(); n.parts.CloseIdleConnections() }
 
 // Plan fetches the plan that this node and generation were enrolled with.
 func (n *Node) Plan(ctx context.Context) (provision.Plan, error) {

@@ -24,15 +24,18 @@ import (
 type Operator struct {
 	socket string
 	http   *http.Client
+	parts  *http.Client // more patient
 }
 
 // NewOperator speaks over the Unix socket at path socket; it does not connect yet.
 func NewOperator(socket string) *Operator {
-	return &Operator{socket, &http.Client{Transport: transport("unix", socket, idleLimit)}}
+	slow := transport("unix", socket, partIdle)
+	slow.ExpectContinueTimeout = partIdle
+	return &Operator{socket, &http.Client{Transport: transport("unix", socket, idleLimit)}, &http.Client{Transport: slow}}
 }
 
 // Close closes idle connections.
-func (o *Operator) Close() { o.http.CloseIdleConnections() }
+func (o *Operator) Close() { o.http.CloseIdleConnections(); o.parts.CloseIdleConnections() }
 
 // Nodes returns all nodes in rack order, then machines that are in no rack file.
 func (o *Operator) Nodes(ctx context.Context) ([]provision.State, error) {

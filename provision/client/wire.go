@@ -26,6 +26,7 @@ const (
 	PathJoin     = "/node/v1/join"
 	PathApproval = "/node/v1/approval"
 	PathOrders   = "/node/v1/orders"
+	PathParts    = "/node/v1/parts" // /ORDER/NAME
 )
 
 // Limits of one batch of reports, kept by the client and enforced by the server.
@@ -127,6 +128,7 @@ const (
 	CodeOrderTaken   = "order-taken"   // the node has it already, or it has ended
 	CodeNoOrders     = "no-orders"     // the node takes none now
 	CodeNoRoll       = "no-roll"       // the rack cannot go to another release now
+	CodeNobody       = "nobody"        // the other side of a part is not there
 	CodeInternal     = "internal"      // the disc host failed; its log says why
 	CodeWrongServer  = "wrong-server"  // what answers is not this site's disc host
 	CodeNotRunning   = "not-running"   // no disc host answers on the socket

@@ -74,6 +74,7 @@ type Host struct {
 	poll      time.Duration // how long a node waits for an order
 	proving   time.Duration // how long a node that was switched has to show that it works
 	whole     time.Duration // how long a roll waits for a whole cluster before it begins
+	parts     passages
 }
 
 type boot struct {

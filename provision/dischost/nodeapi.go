@@ -26,6 +26,8 @@ func (h *Host) NodeAPI() http.Handler {
 	mux.Handle("GET "+client.PathSecrets, h.node(h.secrets))
 	mux.Handle("GET "+client.PathJoin, h.node(h.join))
 	mux.Handle("GET "+client.PathOrders, h.node(h.nextOrder))
+	mux.Handle("PUT "+client.PathParts+"/{id}/{name}", h.node(h.partFromNode))
+	mux.Handle("GET "+client.PathParts+"/{id}/{name}", h.node(h.partToNode))
 	mux.Handle("/", answer(notFound))
 	return h.logged(mux)
 }

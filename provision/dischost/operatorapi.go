@@ -34,6 +34,8 @@ func (h *Host) OperatorAPI() http.Handler {
 	mux.Handle("POST /v1/orders", answer(h.giveOrder))
 	mux.Handle("GET /v1/orders/{id}", answer(h.followOrder))
 	mux.Handle("POST /v1/orders/{id}/withdraw", answer(h.withdrawOrder))
+	mux.Handle("GET /v1/orders/{id}/parts/{name}", answer(h.partToOperator))
+	mux.Handle("PUT /v1/orders/{id}/parts/{name}", answer(h.partFromOperator))
 	mux.Handle("/", answer(notFound))
 	return h.logged(mux)
 }

@@ -14,6 +14,8 @@
 //     or not at all; ResumeSwitch ends, at a boot, one that was cut off.
 //   - Look tells which members of ejabberd's cluster run; Watcher also heals one
 //     that was split.
+//   - Backup sends what users would miss; Load and Replace put it in the place of
+//     what is there. Forget removes a dead node from every cluster.
 //
 // ejabberd is steered over the Erlang distribution protocol with erl_call,
 // a C program of Debian's erlang-base that proves the cluster's cookie:
