@@ -240,13 +240,27 @@ func (b *box) on() {
 	}
 }
 
-// off is a power cut.
+// off is a power cut: no process of the box sees another one end.
 func (b *box) off() {
 	if b.process == nil {
 		return
 	}
+	cg := filepath.Join(cgroupRoot(), b.cgroup)
+	freeze := func(state string) {
+		if err := os.WriteFile(cg+"/cgroup.freeze", []byte(state), 0); err != nil {
+			b.r.t.Error(err)
+		}
+	}
+	freeze("1")
+	for range 1000 { // one in an uninterruptible sleep comes late
+		if text, err := os.ReadFile(cg + "/cgroup.events"); err != nil || strings.Contains(string(text), "frozen 1") {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
 	b.process.Process.Kill()
 	<-b.dead
+	freeze("0")
 	b.process = nil
 }
 

@@ -99,7 +99,7 @@ type lab struct {
 	others func(context.Context, probe.Kind, probe.Options) (time.Duration, error) // of other kinds; nil: all work
 	clock  func() time.Time
 
-	proving time.Duration // of the host; 0: its default
+	switching, proving time.Duration // of the host; 0: its defaults
 
 	host *Host
 	url  string // of the node API; stays the same over restarts
@@ -158,6 +158,9 @@ func (l *lab) start() {
 			return 5 * time.Millisecond, nil
 		},
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if l.switching != 0 {
+		l.host.switching = l.switching
+	}
 	if l.proving != 0 {
 		l.host.proving = l.proving
 	}

@@ -72,6 +72,7 @@ type Host struct {
 	// client's limit.
 	heartbeat time.Duration
 	poll      time.Duration // how long a node waits for an order
+	switching time.Duration // how long a node has to say how its switch ended
 	proving   time.Duration // how long a node that was switched has to show that it works
 	whole     time.Duration // how long a roll waits for a whole cluster before it begins
 	parts     passages
@@ -91,7 +92,7 @@ type budget struct {
 // New makes a Host. Serve NodeAPI, OperatorAPI and ReadOnly, give the Host to
 // pxe, and Run it.
 func New(c Config) *Host {
-	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll, proving: rollProving, whole: rollWhole}
+	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll, switching: rollSwitch, proving: rollProving, whole: rollWhole}
 }
 
 var _ pxe.Backend = (*Host)(nil)

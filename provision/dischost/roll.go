@@ -259,7 +259,7 @@ func (h *Host) rollStep(ctx context.Context, r *provision.Roll) error {
 
 // rollAwait waits for the end of the node's order.
 func (h *Host) rollAwait(ctx context.Context, n *provision.RollNode, fail func(*provision.Failure)) error {
-	limited, cancel := context.WithTimeout(ctx, rollSwitch)
+	limited, cancel := context.WithTimeout(ctx, h.switching)
 	defer cancel()
 	o, err := h.Await(limited, n.Order)
 	back := n.State == provision.RollReturning
@@ -268,8 +268,8 @@ func (h *Host) rollAwait(ctx context.Context, n *provision.RollNode, fail func(*
 		return ctx.Err()
 	case err != nil:
 		n.State = provision.RollLost
-		fail(&provision.Failure{Code: "roll-silent", Message: fmt.Sprintf("node %s does not say within %s how its switch ended: %v", n.Name, rollSwitch, err),
-			Next: fmt.Sprintf("See 'platter node show %s'", n.Name)})
+		fail(&provision.Failure{Code: "roll-silent", Message: fmt.Sprintf("node %s does not say within %s how its switch ended: %v", n.Name, h.switching, err),
+			Next: fmt.Sprintf("See 'platter node show %s'. It may still get there by itself once it is on again: then bring all nodes to one release with 'platter stack upgrade VERSION', or reinstall it", n.Name)})
 	case o.State == provision.OrderDone && back:
 		n.State = provision.RollReturned
 		if f := h.rollProbe(ctx, n.Name); f != nil { // the next one waits until this one serves again

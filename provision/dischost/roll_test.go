@@ -23,6 +23,7 @@ type switched struct {
 	current map[string]string
 	log     []string          // what was switched, in order
 	refuses map[string]string // node to release
+	dies    string            // node that is not heard of again once it has its order
 	hold    chan struct{}     // switches wait for it
 }
 
@@ -93,6 +94,9 @@ func (s *switched) carryOut(ctx context.Context, node string, o provision.Order)
 			case <-ctx.Done():
 			}
 		}
+		if s.dies == node && !a.DryRun {
+			<-ctx.Done()
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.log = append(s.log, fmt.Sprintf("%s %.4s %v %v %v", node, a.To, a.Rollback, a.Once, a.Members["ejabberd"]))
@@ -160,19 +164,21 @@ func TestRollOverARestart(t *testing.T) {
 func TestRollTurnsRound(t *testing.T) {
 	for name, c := range map[string]struct {
 		refuses map[string]string
+		dies    string // a node that is not heard of again
 		silent  string // a node whose files cannot be had once it runs the release
 		states  string
 		log     string
 		says    string
 	}{
-		"it does not start": {map[string]string{"node3": release2}, "", "node2 returned; node3 kept; node1 waiting; ", "node2 2222, node3 2222, node2 inst", "component ejabberd of node3 does not start"},
-		"it does not work":  {nil, "node3", "node2 returned; node3 returned; node1 waiting; ", "node2 2222, node3 2222, node3 inst, node2 inst", "node node3 runs the release and does not work"},
-		"it cannot go back": {map[string]string{"node3": release2, "node2": provision.Installed}, "", "node2 lost; node3 kept; node1 waiting; ", "node2 2222, node3 2222, node2 inst", "component ejabberd of node3 does not start"},
+		"it does not start": {map[string]string{"node3": release2}, "", "", "node2 returned; node3 kept; node1 waiting; ", "node2 2222, node3 2222, node2 inst", "component ejabberd of node3 does not start"},
+		"it does not work":  {nil, "", "node3", "node2 returned; node3 returned; node1 waiting; ", "node2 2222, node3 2222, node3 inst, node2 inst", "node node3 runs the release and does not work"},
+		"it cannot go back": {map[string]string{"node3": release2, "node2": provision.Installed}, "", "", "node2 lost; node3 kept; node1 waiting; ", "node2 2222, node3 2222, node2 inst", "component ejabberd of node3 does not start"},
+		"it dies":           {nil, "node3", "", "node2 returned; node3 lost; node1 waiting; ", "node2 2222, node2 inst", "node node3 does not say within 5s"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := &switched{current: map[string]string{}, refuses: c.refuses}
+			s := &switched{current: map[string]string{}, refuses: c.refuses, dies: c.dies}
 			l := newLab(t, 3, func(l *lab) {
-				l.proving = 2 * time.Second
+				l.switching, l.proving = 5*time.Second, 2*time.Second
 				l.others = func(_ context.Context, k probe.Kind, o probe.Options) (time.Duration, error) {
 					if k == probe.Upload && o.From.Node == c.silent && s.runs(c.silent) == release2 {
 						return 0, errors.New("no files at " + c.silent)

@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -132,7 +132,7 @@ func (n *node) bringImages(ctx context.Context, c provision.PlacedComponent) (ch
 			}
 			return false, &provision.Failure{Code: "stack-image",
 				Message: fmt.Sprintf("the image %s of the component %s cannot be imported on node %s: %v", i.Name, c.Name, n.plan.Node, err),
-				Next:    fmt.Sprintf("Run 'platter stack check' on the stack file, then bring %s to the node again; the agent keeps trying", path.Base(i.File))}
+				Next:    fmt.Sprintf("Run 'platter stack check' on the stack file, then bring %s to the node again; the agent keeps trying", i.ReleaseName())}
 		}
 		n.rep.Logf("imported the image %s of %s from %s", i.Name, c.Name, file)
 		changed = true
@@ -187,12 +187,17 @@ func (n *node) checkImages(ctx context.Context) error {
 // importImage puts the image into podman's store, from the first archive that
 // holds it, whose name it returns. podman hashes everything that it reads.
 func (n *node) importImage(ctx context.Context, i provision.OCIImage) (file string, err error) {
-	files, err := n.archives(path.Base(i.File))
+	releases, err := releasesAt(filepath.Join(n.root, ReleasesDir))
 	if err != nil {
 		return "", err
 	}
 	var wrong []error
-	for _, file := range files {
+	files := archives(n.root, releases, i)
+	if len(files) == 0 {
+		return "", notArchived(i)
+	}
+	for _, a := range files {
+		file := a.path
 		id, err := n.podman(ctx, "pull", "--quiet", "oci-archive:"+file)
 		if err != nil {
 			wrong = append(wrong, fmt.Errorf("%s: %w", file, err))
@@ -214,39 +219,46 @@ func (n *node) importImage(ctx context.Context, i provision.OCIImage) (file stri
 	return "", errors.Join(wrong...)
 }
 
-// archives are the files of that name on this node: of its releases, the one in
-// use first, and of its operating system image.
-func (n *node) archives(name string) ([]string, error) {
-	dir := filepath.Join(n.root, ReleasesDir)
-	current, previous, err := InUse(dir)
-	if err != nil {
-		return nil, err
-	}
-	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	digests := []string{current, previous}
-	for _, e := range entries {
-		if _, err := os.Stat(filepath.Join(dir, e.Name(), releaseComplete)); err == nil && !slices.Contains(digests, e.Name()) {
-			digests = append(digests, e.Name())
+// archives are the files on this node that should hold the image: of its
+// releases, and of its operating system image, whose digest nobody has noted.
+func archives(root string, releases map[string]*provision.Release, image provision.OCIImage) (out []stored) {
+	dir := filepath.Join(root, ReleasesDir)
+	for _, digest := range slices.Sorted(maps.Keys(releases)) {
+		r := releases[digest]
+		for _, c := range r.Stack.Components {
+			for _, i := range c.Images {
+				k := slices.IndexFunc(r.Files, func(f provision.ReleaseFile) bool { return f.Kind == provision.FileImage && f.Name == i.ReleaseName() })
+				if i.Digest == image.Digest && k >= 0 {
+					out = append(out, stored{r.Files[k], ReleaseFile(dir, digest, i.ReleaseName())})
+				}
+			}
 		}
 	}
-	var places, out []string
-	for _, d := range digests {
-		if d != "" {
-			places = append(places, ReleaseFile(dir, d, name))
+	brought := filepath.Join(root, imagesDir, image.ReleaseName())
+	if _, err := os.Stat(brought); err == nil {
+		out = append(out, stored{path: brought})
+	}
+	return out
+}
+
+func notArchived(i provision.OCIImage) error {
+	return fmt.Errorf("%s is in no release on this node and not in %s", i.ReleaseName(), imagesDir)
+}
+
+// archived tells why the node could not import the image; nil: it can.
+func archived(root string, releases map[string]*provision.Release, i provision.OCIImage) error {
+	wrong := []error{notArchived(i)}
+	for _, a := range archives(root, releases, i) {
+		if a.Digest == "" {
+			return nil // podman will hash it
 		}
-	}
-	for _, p := range append(places, filepath.Join(n.root, imagesDir, name)) {
-		if _, err := os.Stat(p); err == nil {
-			out = append(out, p)
+		err := a.verify()
+		if err == nil {
+			return nil
 		}
+		wrong = append(wrong[1:], err)
 	}
-	if len(out) == 0 {
-		return nil, fmt.Errorf("%s is in no release on this node and not in %s", name, imagesDir)
-	}
-	return out, nil
+	return errors.Join(wrong...)
 }
 
 // syncTree writes the file system that dir is on to its disk.

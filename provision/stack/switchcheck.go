@@ -57,12 +57,12 @@ func (s *switcher) check(ctx context.Context) error {
 	}
 
 	ours := map[string][]string{} // components by package
-	debs := map[string]deb{}      // by name=version
+	debs := map[string]stored{}   // by name=version
 	for digest, r := range releases {
 		for _, f := range r.Files {
 			if f.Kind == provision.FilePackage {
 				ours[f.Package] = append(ours[f.Package], f.Component)
-				debs[f.Package+"="+f.Version] = deb{f, ReleaseFile(s.path(ReleasesDir), digest, f.Name)}
+				debs[f.Package+"="+f.Version] = stored{f, ReleaseFile(s.path(ReleasesDir), digest, f.Name)}
 			}
 		}
 	}
@@ -107,6 +107,27 @@ func (s *switcher) check(ctx context.Context) error {
 	s.j.Changes.Packages = provision.PackageChanges(versions, want,
 		func(p string) bool { return ours[p] != nil }, func(p string) bool { return origin.Packages[p] != "" })
 
+	for _, want := range s.j.To.Plan.NamedSecrets() {
+		if _, there := s.sec.Named[want.Name]; !there {
+			return refuse("Serve the release's stack file and reinstall the node", "it needs the secret %q, which the node was not given", want.Name)
+		}
+	}
+	was, err := rendered(s.j.From.Plan, s.sec)
+	if err != nil {
+		return err
+	}
+	now, err := rendered(s.j.To.Plan, s.sec)
+	if err != nil {
+		return refuse("Correct the stack file and build the release again", "%v", err)
+	}
+	touched := map[string]bool{}
+	for _, c := range s.j.Changes.Packages {
+		for _, component := range ours[c.Name] {
+			touched[component] = true
+		}
+	}
+	s.j.Changes.Components = provision.Restarted(here(s.j.From.Plan), here(s.j.To.Plan), func(c string) bool { return touched[c] || was[c] != now[c] })
+
 	// Everything that it takes to get there, and back.
 	s.j.From.Packages, s.j.To.Packages = map[string]string{}, map[string]string{}
 	space := int64(spareSpace)
@@ -135,6 +156,22 @@ func (s *switcher) check(ctx context.Context) error {
 			}
 		}
 	}
+	for _, g := range []generation{s.j.From, s.j.To} {
+		for _, c := range here(g.Plan) {
+			if !slices.Contains(s.j.Changes.Components, c.Name) {
+				continue
+			}
+			for _, i := range c.Images {
+				switch err := archived(s.root, releases, i); {
+				case err == nil:
+				case g.Release == s.j.To.Release:
+					return refuse("Run 'platter stack stage'", "the image %s of the component %s: %v", i.Name, c.Name, err)
+				default:
+					missing = append(missing, "the image "+i.Name)
+				}
+			}
+		}
+	}
 	if len(missing) > 0 && !s.j.Args.NoWayBack {
 		return refuse("Stage the release that has them too, or allow it with --no-way-back", "there would be no way back, because no release on the node has %s", strings.Join(missing, ", "))
 	}
@@ -145,27 +182,6 @@ func (s *switcher) check(ctx context.Context) error {
 	if free := int64(st.Bavail) * st.Bsize; free < space {
 		return refuse("Make room on the node", "it takes %d MiB of disk space, and %d MiB are free", space>>20, free>>20)
 	}
-	for _, want := range s.j.To.Plan.NamedSecrets() {
-		if _, there := s.sec.Named[want.Name]; !there {
-			return refuse("Serve the release's stack file and reinstall the node", "it needs the secret %q, which the node was not given", want.Name)
-		}
-	}
-
-	was, err := rendered(s.j.From.Plan, s.sec)
-	if err != nil {
-		return err
-	}
-	now, err := rendered(s.j.To.Plan, s.sec)
-	if err != nil {
-		return refuse("Correct the stack file and build the release again", "%v", err)
-	}
-	touched := map[string]bool{}
-	for _, c := range s.j.Changes.Packages {
-		for _, component := range ours[c.Name] {
-			touched[component] = true
-		}
-	}
-	s.j.Changes.Components = provision.Restarted(here(s.j.From.Plan), here(s.j.To.Plan), func(c string) bool { return touched[c] || was[c] != now[c] })
 	return nil
 }
 
@@ -207,14 +223,14 @@ func rendered(plan provision.Plan, sec provision.StackSecrets) (map[string]strin
 	return out, errors.Join(wrong...)
 }
 
-// deb is a package file of a release on this node.
-type deb struct {
+// stored is a file of a release on this node.
+type stored struct {
 	provision.ReleaseFile
 	path string
 }
 
 // verify reads the whole file: it was right when it was staged.
-func (d deb) verify() error {
+func (d stored) verify() error {
 	f, err := os.Open(d.path)
 	if err != nil {
 		return err
@@ -360,7 +376,7 @@ func find(dir string, releases map[string]*provision.Release, name, version stri
 			return f.Kind == provision.FilePackage && f.Package == name && f.Version == version
 		})
 		if i >= 0 {
-			d := deb{r.Files[i], ReleaseFile(dir, digest, r.Files[i].Name)}
+			d := stored{r.Files[i], ReleaseFile(dir, digest, r.Files[i].Name)}
 			if err := d.verify(); err != nil {
 				return "", err
 			}
