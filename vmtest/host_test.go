@@ -270,7 +270,7 @@ func newHost(t *testing.T, guests []guest) host {
   - {name: node1, mac: "52:54:00:77:05:01", address: 10.77.0.11}
 `)
 	r.power("on", "node1")
-	r.await("the host is ready", stageIs("node1", provision.StageReady))
+	r.await("the host is prepared", stageIs("node1", provision.StageJoining))
 	h := host{r, "10.77.0.11", guests}
 	// The messaging service is tested elsewhere; its start is half of a boot.
 	h.script("for unit in nginx ejabberd haproxy patroni etcd; do systemctl -q disable --now $unit && systemctl -q mask $unit; done")

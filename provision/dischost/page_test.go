@@ -236,7 +236,7 @@ func TestPageInBrowser(t *testing.T) {
 		`[data-node="n1"]`:    {"rack 4, unit 12", "n1", "10.20.0.11", "ready", "installed", "2:00", "3:20", "a message went from n1 to n2"},
 		`[data-node="n2"]`:    {"installing", "write image 4 of 9", "30 %", "300 MiB of", "MiB/s", "left", "wrote part root"},
 		`[data-node="n3"]`:    {"failed", "/dev/sda (serial S1) and /dev/sdb", "Give the serial of the right disk in the rack file, then run 'platter node reinstall n3'", "disk-ambiguous"},
-		`[data-node="n4"]`:    {"joining", "silent", "1:3"},
+		`[data-node="n4"]`:    {"joining", "silent\n1:"},
 		`[data-node="n5"]`:    {"off", "Due for install 1"},
 		"#strangers .node":    {"52:54:00:99:99:99", "platter node approve 52:54:00:99:99:99 n5", "inventory: 2 disks"},
 		"#strangers .command": {"platter node approve 52:54:00:99:99:99 n5"},
