@@ -39,8 +39,12 @@ func (s *switched) live() {
 	ctx, cancel := context.WithCancel(context.Background())
 	var all sync.WaitGroup
 	s.l.t.Cleanup(func() { cancel(); all.Wait() })
+	var clients []*client.Node
+	for i := range members {
+		clients = append(clients, s.l.installed(i+1))
+	}
 	for i, n := range members {
-		c := s.l.installed(i + 1)
+		c := clients[i]
 		rep := client.NewReporter(nil)
 		rep.Attach(c)
 		rep.Facts(map[string]string{provision.FactRunning: strings.Join(members, ","), provision.FactDown: ""})
