@@ -1,13 +1,16 @@
-//go:build e2e
+//go:build e2e || bench
 
 package vmtest_test
 
 import (
 	"encoding/json"
+	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,6 +31,7 @@ func TestStackAccept(t *testing.T) {
 	if !report.Passed || len(report.Probes) != 18 || len(report.After) != 18 || report.Load.Delivered != 600 || report.Clocks.Message <= 0 || report.Clocks.OS <= 0 {
 		t.Errorf("%+v", report)
 	}
+	t.Log(summary(report))
 	o := report.Outage
 	if o == nil || o.Node != "node3" || o.Load.Reconnects < 20 || o.Back <= 0 || o.Whole <= 0 || o.Ledger.Accepted < 100 || o.Ledger.Lost != 0 {
 		t.Errorf("%+v", o)
@@ -86,6 +90,20 @@ func (r *rig) accept(code int, args ...string) (html string, report accept.Repor
 		r.t.Fatalf("%q", files)
 	}
 	return files[0], report
+}
+
+// summary are the figures of the load, and the limits that the service was under.
+func summary(report accept.Report) string {
+	l := report.Load
+	limits := map[string]string{} // the same on every node
+	for _, n := range report.Nodes {
+		for _, e := range n.Limits {
+			limits[e.What] = fmt.Sprintf("%s %s (wanted: %s)", e.What, e.Is, e.Want)
+		}
+	}
+	rate := float64(l.LoggedIn) / report.Options.Every.Seconds()
+	return fmt.Sprintf("%d of %d users on %d nodes, %.0f messages/s; delivery %s; %d sent, %d delivered, %d lost; in effect on each node: %s",
+		l.LoggedIn, l.Users, len(report.Nodes), rate, l.Latency, l.Sent, l.Delivered, l.Lost, strings.Join(slices.Sorted(maps.Values(limits)), ", "))
 }
 
 // prints has a browser print the page, which is to be a few sheets of A4.

@@ -1,4 +1,4 @@
-//go:build e2e
+//go:build e2e || bench
 
 package vmtest_test
 
@@ -28,10 +28,18 @@ func boxRackOn(t *testing.T, store string, n int, components ...string) (*rig, [
 func servedRack(t *testing.T, store string, n int, components []string, serve ...string) (*rig, []*box) {
 	t.Helper()
 	t.Parallel() // boxes wait for each other more than they work
-	lab, rack := fmt.Sprintf(labHead, "boxes"), rackHead
+	stack := ""
 	if len(components) > 0 {
-		rack = strings.Replace(rack, "im.e2e.example}", "im.e2e.example, components: ["+strings.Join(components, ", ")+"]}", 1)
+		stack = ", components: [" + strings.Join(components, ", ") + "]"
 	}
+	return loneRack(t, store, n, stack, serve...)
+}
+
+// loneRack is a rack of boxes that has the machine to itself. stack is what the
+// rack file says of it beside the domain.
+func loneRack(t *testing.T, store string, n int, stack string, serve ...string) (*rig, []*box) {
+	t.Helper()
+	lab, rack := fmt.Sprintf(labHead, "boxes"), strings.Replace(rackHead, "im.e2e.example}", "im.e2e.example"+stack+"}", 1)
 	for i := 1; i <= n; i++ {
 		lab += fmt.Sprintf("  - {name: node%d, mac: \"52:54:00:77:09:%02x\", cpus: 1, memory: 1GiB, disks: [{size: 8GiB}]}\n", i, i)
 		rack += fmt.Sprintf("  - {name: node%d, mac: \"52:54:00:77:09:%02x\", address: 10.77.0.%d}\n", i, i, 10+i)
@@ -111,19 +119,6 @@ func TestStack(t *testing.T) {
 			t.Errorf("%s: too little was delivered to tell anything: %+v", what, res)
 		}
 	}
-	// whole waits until every agent has looked again and sees all members.
-	whole := func(what string) {
-		t.Helper()
-		began := time.Now()
-		r.await(what, func(states map[string]provision.State) bool {
-			for _, s := range states {
-				if s.Known && (s.Stage != provision.StageReady || !s.LastSeen.After(began) || s.Facts[provision.FactRunning] != "node1,node2,node3") {
-					return false
-				}
-			}
-			return len(states) == len(boxes)
-		})
-	}
 
 	first := primary(t, boxes)
 	f := r.flow(boxes, first, 6)
@@ -132,7 +127,7 @@ func TestStack(t *testing.T) {
 	second := primary(t, boxes)
 	t.Logf("the node of the primary, %s, lost power; %s took over after %s", first.name, second.name, time.Since(began).Round(100*time.Millisecond))
 	first.on()
-	whole("whole again with the node that had died")
+	r.whole("whole again with the node that had died")
 	judge("power of a node cut", f.end())
 
 	f = r.flow(boxes, second, 6)
@@ -141,14 +136,14 @@ func TestStack(t *testing.T) {
 	third := primary(t, without(boxes, second))
 	t.Logf("the node of the primary, %s, was cut off; %s took over after %s", second.name, third.name, time.Since(began).Round(100*time.Millisecond))
 	second.cable("up")
-	whole("whole again with the node that was cut off")
+	r.whole("whole again with the node that was cut off")
 	judge("node cut off", f.end())
 	r.stack("probe")
 
 	r.node("reinstall", "node2")
 	boxes[1].install()
 	boxes[1].on()
-	whole("whole again with node2 installed anew")
+	r.whole("whole again with node2 installed anew")
 	r.stack("probe")
 
 	// The whole rack loses power, and the wrong node comes up first: the others
@@ -160,8 +155,22 @@ func TestStack(t *testing.T) {
 	time.Sleep(5 * time.Second)
 	boxes[0].on()
 	boxes[1].on()
-	whole("whole again after all had lost power")
+	r.whole("whole again after all had lost power")
 	r.stack("probe")
+}
+
+// whole waits until every agent of three has looked again and sees all members.
+func (r *rig) whole(what string) {
+	r.t.Helper()
+	began := time.Now()
+	r.await(what, func(states map[string]provision.State) bool {
+		for _, s := range states {
+			if s.Known && (s.Stage != provision.StageReady || !s.LastSeen.After(began) || s.Facts[provision.FactRunning] != "node1,node2,node3") {
+				return false
+			}
+		}
+		return len(states) == 3
+	})
 }
 
 func without(boxes []*box, one *box) (out []*box) {

@@ -55,7 +55,7 @@ type message struct {
 }
 
 // patience is how long the browser may take for anything.
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 // Open opens address in a new browser, which ends with the test.
 func Open(t testing.TB, address string, o Options) *Browser {
