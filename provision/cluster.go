@@ -70,6 +70,9 @@ func ClusterOf(states []State, now time.Time) Cluster {
 		case s.Stage != StageReady:
 			wrong("%s is not a member yet: it is %s. See 'platter watch'", s.Name, s.Stage)
 		}
+		if t := s.Trouble(now); t != "" {
+			wrong("%s has trouble: %s", s.Name, t)
+		}
 		if (s.Stage == StageReady || s.Stage == StageProbing) && now.Sub(s.LastSeen) <= SilentAfter {
 			m.Sees = names(s.Facts[FactRunning])
 			for _, o := range names(s.Facts[FactDown]) {
@@ -127,6 +130,18 @@ func ClusterOf(states []State, now time.Time) Cluster {
 	}
 	c.Whole = len(c.Wrong) == 0 && len(c.Members) > 0
 	return c
+}
+
+// Trouble is what the node last said that keeps its part of the service from
+// working; empty where it is silent or being installed.
+func (s State) Trouble(now time.Time) string {
+	switch s.Stage {
+	case StagePreparing, StageJoining, StageProbing, StageReady, StageFailed:
+		if now.Sub(s.LastSeen) <= SilentAfter {
+			return s.Facts[FactTrouble]
+		}
+	}
+	return ""
 }
 
 // sides are the members by whom they see run, if any two that run are known to

@@ -71,6 +71,13 @@ func TestClusterOf(t *testing.T) {
 		"failed": {func(s []State) {
 			s[0].Stage, s[0].Failure = StageFailed, &Failure{Code: "stack-stopped", Message: "ejabberd is gone", Next: "Look"}
 		}, []string{"node1 has failed: ejabberd is gone. Look"}},
+		"a component does not work": {func(s []State) {
+			for i := range s {
+				s[i].Facts = map[string]string{FactRunning: "node1,node2,node3", FactDown: "", FactTrouble: "web is down. Look"}
+			}
+			s[0].Facts[FactTrouble] = ""
+			s[1].Stage, s[1].LastSeen = StageInstalling, now // of its life before
+		}, []string{"node2 is not a member yet: it is installing", "node3 has trouble: web is down. Look"}},
 		"off, and no message yet": {func(s []State) {
 			s[0].Stage, s[1].Stage = StageOff, StageProbing
 		}, []string{"node1 has never been seen", "node2 is a member, but no message"}},

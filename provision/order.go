@@ -253,6 +253,8 @@ type Diagnosis struct {
 	// Stack says why the IM service of the node does not answer; empty: it does.
 	Stack  string   `json:"stack,omitempty"`
 	Alarms []string `json:"alarms"`
+	// Troubles say what keeps the node's part of the service from working.
+	Troubles []string `json:"troubles,omitempty"`
 	// Limits are those that the running service lives under.
 	Limits []InEffect `json:"limits,omitempty"`
 	// Versions are those of the running kernel and of the installed packages

@@ -51,6 +51,10 @@ const (
 	FactDown    = "cluster_down" // members that the node does not see running
 )
 
+// FactTrouble says what keeps the node's part of the service from working, and
+// what to do; empty: nothing that the node knows of.
+const FactTrouble = "trouble"
+
 // FactStaged are the digests of the releases of the stack that a node has whole
 // on its disk, separated by commas.
 const FactStaged = "stack_staged"

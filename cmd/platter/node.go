@@ -39,7 +39,11 @@ func nodeCmd() *cobra.Command {
 			if output == "json" {
 				return printJSON(c.OutOrStdout(), nodes)
 			}
-			return printNodes(c.OutOrStdout(), nodes, time.Time{}, time.Now())
+			if err := printNodes(c.OutOrStdout(), nodes, time.Time{}, time.Now()); err != nil {
+				return err
+			}
+			printTroubles(c.OutOrStdout(), nodes, time.Now())
+			return nil
 		},
 	}
 	show := &cobra.Command{

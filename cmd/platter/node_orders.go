@@ -113,11 +113,12 @@ func diagnoseCmd(op func() *client.Operator) *cobra.Command {
 	c := &cobra.Command{
 		Use: "diagnose NODE", Short: "Have a node check itself now, and show what deviates", Args: cobra.ExactArgs(1),
 		Long: `Have a node check itself now, and show what deviates: the host, as 'host check'
-on the node would, its alarms, and the cluster as the node sees it. It changes
-nothing. The node does it also while it is not a member of the cluster.
+on the node would, its alarms, the components of the service that do not work and
+why, and the cluster as the node sees it. It changes nothing. The node does it also while it is not a member of the cluster.
 
 Exit codes: 0 as it should be, 1 the node could not do it or a check failed,
-3 something deviates, waits for a reboot, or misses members of the cluster.`,
+3 something deviates, waits for a reboot, does not work, or misses members of the
+cluster.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			o, err := orderAndWait(c.Context(), op(), c.ErrOrStderr(), args[0], provision.OrderDiagnose, nil, within)
 			if err != nil {
@@ -132,7 +133,7 @@ Exit codes: 0 as it should be, 1 the node could not do it or a check failed,
 				return fmt.Errorf("what %s found cannot be read: %w", o.Node, err)
 			}
 			code := hostcmd.Code(results)
-			if code == 0 && (d.Stack != "" || len(d.Down) > 0 || len(d.Alarms) > 0) {
+			if code == 0 && (d.Stack != "" || len(d.Down) > 0 || len(d.Alarms) > 0 || len(d.Troubles) > 0) {
 				code = int(notWhole)
 			}
 			if output == "json" {
@@ -154,6 +155,9 @@ Exit codes: 0 as it should be, 1 the node could not do it or a check failed,
 func printDiagnosis(w io.Writer, node string, d provision.Diagnosis) {
 	for _, a := range d.Alarms {
 		fmt.Fprintf(w, "Alarm: %s.\n", a)
+	}
+	for _, t := range d.Troubles {
+		fmt.Fprintf(w, "Trouble: %s.\n", t)
 	}
 	switch {
 	case d.Stack != "":

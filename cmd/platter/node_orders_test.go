@@ -149,6 +149,7 @@ func TestNodeDiagnose(t *testing.T) {
 		"alone":    {found(true, nil, provision.Diagnosis{Running: []string{"node1"}, Down: []string{"node2"}}), 3, []string{"misses node2"}},
 		"no stack": {found(true, nil, provision.Diagnosis{Stack: "refused"}), 3, []string{"messaging service of node1 does not answer: refused"}},
 		"alarm":    {found(true, nil, provision.Diagnosis{Alarms: []string{"low: 4 % left"}}), 3, []string{"Alarm: low: 4 % left."}},
+		"trouble":  {found(true, nil, provision.Diagnosis{Troubles: []string{"web on node node1 does not work"}}), 3, []string{"Trouble: web on node node1 does not work."}},
 		"older":    {ended(provision.OrderFailed, "", &provision.Failure{Message: "this node's program is older", Next: "Reinstall it"}), 1, []string{"node1: this node's program is older. Reinstall it"}},
 		"off":      {ended(provision.OrderWithdrawn, "node1 did not ask for it in time", nil), 1, []string{"order 9 was withdrawn: node1 did not ask for it in time. See 'platter node show node1'"}},
 	} {

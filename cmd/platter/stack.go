@@ -24,8 +24,9 @@ func stackCmd() *cobra.Command {
 	status := &cobra.Command{
 		Use: "status", Short: "Show the cluster as its members see it, and what is wrong with it", Args: cobra.NoArgs,
 		Long: `Show the cluster as its members see it, and what is wrong with it: nodes that
-are not members, that do not run and since when, that have gone silent, and
-where it is split into sides that do not see each other.
+are not members, that do not run and since when, that have gone silent, whose
+components do not work and why, and where it is split into sides that do not see
+each other.
 
 It asks nobody: it tells what the nodes' agents have said, every 15 seconds.
 'platter stack probe' tries the service itself.

@@ -34,6 +34,18 @@ func printNodes(w io.Writer, nodes []provision.State, since, now time.Time) erro
 	return tw.Flush()
 }
 
+// printTroubles writes what is wrong with nodes, a line each.
+func printTroubles(w io.Writer, nodes []provision.State, now time.Time) {
+	for _, s := range nodes {
+		if s.Stage == provision.StageFailed && s.Failure != nil {
+			fmt.Fprintf(w, "%s has failed: %s\n", s.Name, s.Failure.Error())
+		}
+		if t := s.Trouble(now); t != "" {
+			fmt.Fprintf(w, "%s has trouble: %s\n", s.Name, t)
+		}
+	}
+}
+
 func or(s string) string {
 	if s == "" {
 		return "-"

@@ -53,6 +53,8 @@ type work struct {
 	look    func(ctx context.Context) (stack.Cluster, error)
 	tend    func(ctx context.Context, rep Reporter) (stack.Cluster, error) // looks, and heals a split
 	alarms  func() []string                                                // of the host, each beginning with its name and a colon
+	// troubles of the service that have lasted for so long
+	troubles func(ctx context.Context, atLeast time.Duration) []stack.Trouble
 }
 
 // errAnew ends a life of the agent that another one follows: the plan has
@@ -123,13 +125,18 @@ func (c Config) run(ctx context.Context, anew func()) error {
 		}
 	}
 	watcher := stack.NewWatcher(plan)
+	ahead := func() (time.Duration, bool) { return 0, false }
+	if node != nil {
+		ahead = node.Ahead
+	}
 	w := work{
-		prepare: host((*hostprep.Host).HostSteps),
-		guests:  host((*hostprep.Host).GuestSteps),
-		bring:   func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep, anew) },
-		look:    func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
-		tend:    func(ctx context.Context, rep Reporter) (stack.Cluster, error) { return watcher.Tend(ctx, rep) },
-		alarms:  func() []string { return hostprep.Alarms("/", plan.Host) },
+		prepare:  host((*hostprep.Host).HostSteps),
+		guests:   host((*hostprep.Host).GuestSteps),
+		bring:    func(ctx context.Context, rep Reporter) error { return bring(ctx, plan, node, rep, anew) },
+		look:     func(ctx context.Context) (stack.Cluster, error) { return stack.Look(ctx, plan) },
+		tend:     func(ctx context.Context, rep Reporter) (stack.Cluster, error) { return watcher.Tend(ctx, rep) },
+		alarms:   func() []string { return hostprep.Alarms("/", plan.Host) },
+		troubles: stack.NewDoctor(plan, ahead).Look,
 	}
 	checked := func(ctx context.Context, rep hostprep.Progress) (results []hostprep.Result, err error) {
 		err = withHost(ctx, func(h *hostprep.Host) (err error) {
@@ -167,7 +174,55 @@ func (c Config) run(ctx context.Context, anew func()) error {
 		defer running.Wait()
 		defer stop()
 	}
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	tctx, stop := context.WithCancel(ctx)
+	defer stop()
+	watching.Go(func() {
+		var last []stack.Trouble
+		c.sayTroubles(tctx, func(ctx context.Context, atLeast time.Duration) []stack.Trouble {
+			// While it is locked, what does not run was stopped on purpose.
+			if service.TryLock() {
+				service.Unlock()
+				last = w.troubles(ctx, atLeast)
+			}
+			return last
+		}, rep)
+	})
 	return c.live(ctx, w, facts, status)
+}
+
+// ailing is for how long a component may not serve before people are told:
+// others restart too.
+const ailing = time.Minute
+
+// sayTroubles looks now and then for what keeps the service of this node from
+// working, from the agent's first moment on, and says when that changes.
+func (c Config) sayTroubles(ctx context.Context, look func(context.Context, time.Duration) []stack.Trouble, rep Reporter) {
+	said := "\n" // at first it is said in any case: an older life may have left something
+	for {
+		troubles := look(ctx, ailing)
+		if ctx.Err() != nil {
+			return
+		}
+		var about, texts []string
+		for _, t := range troubles {
+			about, texts = append(about, t.About), append(texts, t.Text)
+		}
+		if now := strings.Join(about, "\n"); now != said {
+			for _, t := range texts {
+				rep.Logf("trouble: %s", t)
+			}
+			if now == "" && said != "\n" {
+				rep.Logf("trouble: over")
+			}
+			rep.Facts(map[string]string{provision.FactTrouble: strings.Join(texts, ". ")})
+			said = now
+		}
+		if provision.Sleep(ctx, c.Watch) != nil {
+			return
+		}
+	}
 }
 
 // prepare puts right what is safe to put right on the host. What waits for a

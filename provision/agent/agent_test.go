@@ -243,6 +243,40 @@ func TestAlarms(t *testing.T) {
 	}
 }
 
+// TestTroubles: a trouble is said once when it begins and when it is over, and what
+// an older life has left is taken back.
+func TestTroubles(t *testing.T) {
+	h := newHeard()
+	h.facts[provision.FactTrouble] = "of an older life"
+	ctx, cancel := context.WithCancel(t.Context())
+	looks, facts := 0, []string{}
+	look := func(_ context.Context, patience time.Duration) []stack.Trouble {
+		looks++
+		h.mu.Lock()
+		facts = append(facts, h.facts[provision.FactTrouble]) // after the look before
+		h.mu.Unlock()
+		web := stack.Trouble{About: "web", Text: fmt.Sprintf("web is down, look %d", looks)}
+		switch {
+		case patience != ailing:
+			t.Errorf("patience %s", patience)
+		case looks == 2, looks == 3:
+			return []stack.Trouble{web}
+		case looks == 4:
+			return []stack.Trouble{web, {About: "etcd", Text: "etcd is down"}}
+		case looks > 6:
+			cancel()
+		}
+		return nil
+	}
+	quick.sayTroubles(ctx, look, h)
+	if want := []string{"of an older life", "", "web is down, look 2", "web is down, look 2", "web is down, look 4. etcd is down", "", ""}; !slices.Equal(facts, want) {
+		t.Errorf("facts %q, want %q", facts, want)
+	}
+	if want := []string{"log trouble: web is down, look 2", "log trouble: web is down, look 4", "log trouble: etcd is down", "log trouble: over"}; !slices.Equal(h.lines, want) {
+		t.Errorf("said %q, want %q", h.lines, want)
+	}
+}
+
 // TestDrift: what waits for a reboot or a person is reported and keeps no node
 // from being ready; what could not be put right does.
 func TestDrift(t *testing.T) {

@@ -22,6 +22,10 @@ func diagnosing(host func(context.Context, hostprep.Progress) ([]hostprep.Result
 		if err != nil {
 			return nil, err
 		}
+		say("components", 0, 0)
+		for _, t := range w.troubles(ctx, 0) {
+			d.Troubles = append(d.Troubles, t.Text)
+		}
 		say("cluster", 0, 0)
 		cl, err := w.look(ctx)
 		if ctx.Err() != nil {

@@ -461,7 +461,10 @@ func TestOrdersWithoutTheDiscHost(t *testing.T) {
 // what cannot be looked at fails.
 func TestDiagnose(t *testing.T) {
 	w := work{look: func(context.Context) (stack.Cluster, error) { return stack.Cluster{}, errors.New("refused") },
-		alarms: func() []string { return []string{"low: 4 % left"} }}
+		alarms: func() []string { return []string{"low: 4 % left"} },
+		troubles: func(context.Context, time.Duration) []stack.Trouble {
+			return []stack.Trouble{{About: "web", Text: "web is down"}}
+		}}
 	d := newDesk()
 	sink := progress(func(line string, done, total int64) { d.add(fmt.Sprintf("%s %d/%d", line, done, total)) })
 	host := func(ctx context.Context, p hostprep.Progress) ([]hostprep.Result, error) {
@@ -476,7 +479,7 @@ func TestDiagnose(t *testing.T) {
 	if err != nil || len(results) != len((&hostprep.Host{}).Steps()) || hostcmd.Code(results) == 0 {
 		t.Errorf("%d results, %v: %s", len(results), err, diagnosis.Host)
 	}
-	if diagnosis.Stack != "refused" || len(diagnosis.Alarms) != 1 || diagnosis.Running == nil {
+	if diagnosis.Stack != "refused" || len(diagnosis.Alarms) != 1 || len(diagnosis.Troubles) != 1 || diagnosis.Running == nil {
 		t.Errorf("%+v", diagnosis)
 	}
 	if said := d.said(); !strings.Contains(said, fmt.Sprintf("checking kernel 0/%d", len(results))) || !strings.Contains(said, "cluster 0/0") {

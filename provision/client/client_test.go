@@ -220,14 +220,23 @@ func TestWrongClock(t *testing.T) {
 			t.Fatal(err) // it got there: this taker wants a batch's name
 		}
 	}
-	// Installed, with a dead clock battery.
-	n, err := client.NewNode(enrol(t, d).Identity(), client.WithClock(func() time.Time { return time.Unix(0, 0) }))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer n.Close()
-	if err := n.Report(t.Context(), nil); codeOf(err) != "http-400" {
-		t.Fatal(err)
+	// Installed, with a dead clock battery or one that is years ahead: it gets there,
+	// and learns how wrong it is.
+	for _, off := range []time.Duration{-time.Since(time.Unix(0, 0)), 3 * 365 * 24 * time.Hour, 60 * 365 * 24 * time.Hour, 0} {
+		n, err := client.NewNode(enrol(t, d).Identity(), client.WithClock(func() time.Time { return time.Now().Add(off) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer n.Close()
+		if _, known := n.Ahead(); known {
+			t.Error("the disc host's clock is known before its first reply")
+		}
+		if err := n.Report(t.Context(), nil); codeOf(err) != "http-400" {
+			t.Fatalf("with a clock that is off by %s: %v", off, err)
+		}
+		if ahead, known := n.Ahead(); !known || (ahead-off).Abs() > 30*time.Second {
+			t.Errorf("a clock that is off by %s is off by %s, %v", off, ahead, known)
+		}
 	}
 }
 

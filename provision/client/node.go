@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"platter/provision"
@@ -39,6 +40,7 @@ type Node struct {
 	http  *http.Client
 	parts *http.Client // more patient
 	clock func() time.Time
+	ahead *atomic.Pointer[time.Duration] // of the disc host's clock, at the last reply
 }
 
 // Option changes how a Node is made.
@@ -155,19 +157,24 @@ func NewNode(id Identity, opts ...Option) (*Node, error) {
 		MinVersion:   tls.VersionTLS13,
 		RootCAs:      roots,
 		Certificates: []tls.Certificate{pair},
-		// A clock that is behind our own certificate is surely wrong: a node
-		// whose clock battery died must still be able to speak.
+		// A clock by which our own certificate is not valid is surely wrong, for it
+		// lasts as long as the site: the node must still be able to say so.
 		Time: func() time.Time {
-			if now := o.clock(); now.After(pair.Leaf.NotBefore) {
+			switch now := o.clock(); {
+			case now.Before(pair.Leaf.NotBefore):
+				return pair.Leaf.NotBefore
+			case now.After(pair.Leaf.NotAfter):
+				return pair.Leaf.NotAfter
+			default:
 				return now
 			}
-			return pair.Leaf.NotBefore
 		},
 	}
 	tr, slow := transport("", "", o.idle), transport("", "", partIdle)
 	tr.TLSClientConfig, slow.TLSClientConfig = config, config.Clone()
 	slow.ExpectContinueTimeout = partIdle
-	return &Node{id: id, http: &http.Client{Transport: tr}, parts: &http.Client{Transport: slow}, clock: o.clock}, nil
+	ahead := new(atomic.Pointer[time.Duration])
+	return &Node{id: id, http: &http.Client{Transport: dated{tr, o.clock, ahead}}, parts: &http.Client{Transport: slow}, clock: o.clock, ahead: ahead}, nil
 }
 
 // Identity returns what NewNode needs to speak as this node again.
@@ -176,6 +183,33 @@ func (n *Node) Identity() Identity { return n.id }
 // Time returns the time of the disc host as told at enrolment, or the node's
 // own clock for a Node that NewNode made.
 func (n *Node) Time() time.Time { return n.clock() }
+
+// Ahead tells how far Time was ahead of the disc host's clock at its last reply,
+// to the second; false where none has come yet.
+func (n *Node) Ahead() (time.Duration, bool) {
+	if d := n.ahead.Load(); d != nil {
+		return *d, true
+	}
+	return 0, false
+}
+
+// dated compares the clock with the date of every reply (RFC 9110, 6.6.1).
+type dated struct {
+	*http.Transport
+	clock func() time.Time
+	ahead *atomic.Pointer[time.Duration]
+}
+
+func (d dated) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := d.Transport.RoundTrip(req)
+	if err == nil {
+		if there, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+			ahead := d.clock().Sub(there).Truncate(time.Second)
+			d.ahead.Store(&ahead)
+		}
+	}
+	return resp, err
+}
 
 // Close closes idle connections.
 func (n *Node) Close() { n.http.CloseIdleConnections(); n.parts.CloseIdleConnections() }

@@ -339,10 +339,12 @@ func (s *Site) NodeFromTLS(cs *tls.ConnectionState) (Peer, bool) {
 		return Peer{}, false
 	}
 	cert := cs.PeerCertificates[0]
-	// A disc host whose clock fell behind its own CA still knows its nodes.
+	// A disc host by whose clock its own CA is not valid still knows its nodes.
 	now := s.now()
 	if now.Before(s.ca.NotBefore) {
 		now = s.ca.NotBefore
+	} else if now.After(s.ca.NotAfter) {
+		now = s.ca.NotAfter
 	}
 	_, err := cert.Verify(x509.VerifyOptions{Roots: s.pool(), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 	// Identities of older versions were those of any client.

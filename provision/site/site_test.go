@@ -255,13 +255,19 @@ func TestNodeFromTLS(t *testing.T) {
 	}
 }
 
-// A disc host whose clock fell far behind still serves its nodes.
-func TestServerClockBehind(t *testing.T) {
+// A disc host whose clock is far behind, or ahead, still serves its nodes.
+func TestServerClock(t *testing.T) {
+	for _, now := range []time.Time{time.Unix(0, 0), time.Now().AddDate(60, 0, 0)} {
+		t.Run(now.Format("2006"), func(t *testing.T) { serverClock(t, now) })
+	}
+}
+
+func serverClock(t *testing.T, now time.Time) {
 	dir := t.TempDir()
 	if _, err := Open(dir); err != nil {
 		t.Fatal(err)
 	}
-	s, err := open(dir, func() time.Time { return time.Unix(0, 0) })
+	s, err := open(dir, func() time.Time { return now })
 	if err != nil {
 		t.Fatal(err)
 	}

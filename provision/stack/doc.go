@@ -14,6 +14,8 @@
 //     or not at all; ResumeSwitch ends, at a boot, one that was cut off.
 //   - Look tells which members of ejabberd's cluster run; Watcher also heals one
 //     that was split.
+//   - Doctor names what keeps the node's part of the service from working, and
+//     what to do.
 //   - Backup sends what users would miss; Load and Replace put it in the place of
 //     what is there. Forget removes a dead node from every cluster.
 //
