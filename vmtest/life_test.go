@@ -292,7 +292,7 @@ EOF`)
 		orders, err := r.op.Orders(context.Background(), "")
 		return err == nil && !slices.ContainsFunc(orders, func(o provision.OrderStatus) bool { return !o.State.Final() })
 	}, "node1", "node2", "node3")
-	r.await("all are ready", allReady, "node1", "node2", "node3") // a start that fails is tried again
+	r.wellAgain("node1,node2,node3")
 	if restored != nil {
 		// The old data or the new; and the same command again ends it.
 		_, err := boxes[1].try("test -e " + folder)
