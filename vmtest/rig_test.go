@@ -191,7 +191,15 @@ func (r *rig) await(what string, cond func(map[string]provision.State) bool, may
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	limit := time.AfterFunc(stall, func() { cancel(fmt.Errorf("nothing moved for %s", stall)) })
+	// The stream tells the states one by one: cond must not see a part of them.
 	states := map[string]provision.State{}
+	now, err := r.op.Nodes(ctx)
+	if err != nil {
+		r.t.Fatalf("awaiting %s: %v", what, err)
+	}
+	for _, s := range now {
+		states[s.Name] = s
+	}
 	for u, err := range r.op.Events(ctx, -1) {
 		if err != nil {
 			r.t.Fatalf("awaiting %s: %v", what, err)
