@@ -35,6 +35,7 @@ type SwitchArgs struct {
 	// DryRun only tells what would change.
 	DryRun bool `json:"dry_run,omitempty"`
 	// Patience is how many seconds a component may take to serve again; 0: 300.
+	// On the way back it may take 300 at least.
 	Patience int `json:"patience,omitempty"`
 }
 

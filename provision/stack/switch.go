@@ -543,8 +543,9 @@ func (s *switcher) start(ctx context.Context) error {
 		return err
 	}
 	patience := 5 * time.Minute
-	if s.j.Args.Patience > 0 {
-		patience = time.Duration(s.j.Args.Patience) * time.Second
+	// Less is for finding out soon that a release does not work, not for the way back.
+	if asked := time.Duration(s.j.Args.Patience) * time.Second; asked > patience || asked > 0 && !s.j.Back {
+		patience = asked
 	}
 	n := &node{plan: plan, sec: s.sec, root: s.root, p: p, ask: s.ask, rep: s.rep, patience: patience, pause: backoff, podman: podman,
 		units: func(name string) unit { return s.sd.Unit(name) }}
