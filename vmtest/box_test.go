@@ -262,6 +262,15 @@ func (b *box) off() {
 	<-b.dead
 	freeze("0")
 	b.process = nil
+	// Nothing of its network outlives it but the cable.
+	next, ok := strings.CutSuffix(b.ns, "-2")
+	if !ok {
+		next += "-2"
+	}
+	b.r.run("ip", "netns", "add", next)
+	b.r.run("ip", "-n", b.ns, "link", "set", "eth0", "netns", next)
+	b.r.run("ip", "netns", "del", b.ns)
+	b.ns = next
 }
 
 // init is the number of the box's first process; 0 before there is one.
