@@ -108,7 +108,7 @@ boxes: image build/.test-deps ## the service on the image's own systemd in names
 	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
 
 .PHONY: bench
-bench: image ## one node from power-on to ready beside an unverified floor, phase by phase
+bench: image ## install beside an unverified floor, the service beside one started by hand, 1,000 users
 	@$(call install,$(BENCH_PACKAGES))
 	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
 

@@ -93,9 +93,8 @@ func Founded(ctx context.Context, plan provision.Plan, component string) error {
 			if h.Name == plan.Node {
 				continue
 			}
-			conn, err := (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, "tcp", netip.AddrPortFrom(h.Address, uint16(port)).String())
-			if err == nil {
-				return conn.Close()
+			if greets(ctx, netip.AddrPortFrom(h.Address, uint16(port)), plan.Stack.Domain) {
+				return nil
 			}
 		}
 		if err := provision.Sleep(ctx, time.Second); err != nil {
@@ -103,6 +102,21 @@ func Founded(ctx context.Context, plan provision.Plan, component string) error {
 		}
 	}
 	return nil
+}
+
+// greets tells whether an XMPP server opens a stream at addr (RFC 6120, 4.2). That
+// somebody listens there says little: ejabberd does so long before it has made its
+// tables, and answers when it has started.
+func greets(ctx context.Context, addr netip.AddrPort, domain string) bool {
+	conn, err := (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, "tcp", addr.String())
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(2 * time.Second))
+	fmt.Fprintf(conn, "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='%s'>", domain)
+	n, _ := conn.Read(make([]byte, 1))
+	return n > 0
 }
 
 // Wait returns when the component, which this node has, is healthy. Now and
