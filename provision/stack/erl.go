@@ -29,12 +29,26 @@ var errUnreachable = errors.New("it does not answer on its distribution port")
 // process list.
 func erlCall(service, node string, addr netip.AddrPort, command func(ctx context.Context, name string, args ...string) *exec.Cmd) evaluator {
 	return func(ctx context.Context, expr string) (string, error) {
-		cmd := command(ctx, "/usr/bin/erl_call", "-r", "-address", addr.String(), "-e")
-		cmd.Stdin = strings.NewReader(expr + "\n")
 		var out, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &stderr
-		cmd.WaitDelay = time.Second
-		if err := cmd.Run(); err != nil {
+		run := func() error {
+			cmd := command(ctx, "/usr/bin/erl_call", "-r", "-address", addr.String(), "-e")
+			cmd.Stdin = strings.NewReader(expr + "\n")
+			out.Reset()
+			stderr.Reset()
+			cmd.Stdout, cmd.Stderr = &out, &stderr
+			cmd.WaitDelay = time.Second
+			return cmd.Run()
+		}
+		err := run()
+		// Seen right after another call, at a member that runs. Nothing was
+		// evaluated where no connection came about.
+		for n := 0; n < 2 && err != nil && strings.Contains(stderr.String(), "failed to connect"); n++ {
+			if provision.Sleep(ctx, 300*time.Millisecond) != nil {
+				break
+			}
+			err = run()
+		}
+		if err != nil {
 			if ctx.Err() != nil {
 				return "", fmt.Errorf("%s on node %s: %w", service, node, context.Cause(ctx))
 			}
