@@ -119,7 +119,7 @@ func (r *rig) flow(boxes []*box, one *box, users int) *flow {
 func (b *box) register(user, domain string) {
 	b.r.t.Helper()
 	out := b.sh(fmt.Sprintf(`echo 'lists:flatten(io_lib:format("~0p", [ejabberd_auth:try_register(<<"%s">>, <<"%s">>, <<"%s">>)])).' |
-HOME=/var/lib/ejabberd setpriv --reuid ejabberd --regid ejabberd --clear-groups erl_call -r -address %s:5210 -e`, user, domain, user, b.addr))
+HOME=/var/lib/ejabberd setpriv --reuid ejabberd --regid ejabberd --clear-groups erl_call -h test$$ -address %s:5210 -e`, user, domain, user, b.addr))
 	if !strings.Contains(out, `"ok"`) && !strings.Contains(out, "exists") {
 		b.r.t.Fatalf("account %s: %s", user, out)
 	}

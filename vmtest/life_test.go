@@ -192,7 +192,7 @@ func TestStackLife(t *testing.T) {
 
 	const folder = "/var/lib/ejabberd/upload/1234/5678"
 	erl := func(expr string) string {
-		return boxes[0].sh(`su ejabberd -s /bin/sh -c 'HOME=/var/lib/ejabberd erl_call -r -address ` + boxes[0].addr + `:5210 -e' <<'EOF'
+		return boxes[0].sh(`su ejabberd -s /bin/sh -c 'HOME=/var/lib/ejabberd erl_call -h test$$ -address ` + boxes[0].addr + `:5210 -e' <<'EOF'
 ` + expr + `
 EOF`)
 	}

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -72,6 +73,7 @@ func TestCluster(t *testing.T) {
 		t.Errorf("the join told systemd that ejabberd stops: %s", said)
 	}
 	l.refuses(ctx)
+	l.crowd(ctx)
 
 	t.Log("reboot of a member: nobody is asked")
 	two.proc.kill()
@@ -205,6 +207,23 @@ func (l *lab) refuses(ctx context.Context) {
 	if out, err := cmd.CombinedOutput(); err == nil {
 		l.t.Errorf("a command with a wrong cookie was taken: %s", out)
 	}
+}
+
+// crowd has many ask one member at the same time, as the agent, the order of
+// units and a diagnosis may.
+func (l *lab) crowd(ctx context.Context) {
+	l.t.Helper()
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			for range 10 {
+				if _, err := l.nodes[0].eval(ctx, `"here".`); err != nil {
+					l.t.Errorf("one of many: %v", err)
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 func (l *lab) endpoint(node, account int) probe.Endpoint {

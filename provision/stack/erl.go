@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -25,30 +26,20 @@ var errUnreachable = errors.New("it does not answer on its distribution port")
 
 // erlCall is the evaluator over erl_call, for the member with its distribution
 // at addr. command makes the process that runs erl_call as the service's user,
-// with its home, where erl_call finds the cookie. Expressions go through standard input: nothing secret is seen in a
-// process list.
+// with its home, where erl_call finds the cookie. Expressions go through standard
+// input: nothing secret is seen in a process list.
 func erlCall(service, node string, addr netip.AddrPort, command func(ctx context.Context, name string, args ...string) *exec.Cmd) evaluator {
 	return func(ctx context.Context, expr string) (string, error) {
 		var out, stderr bytes.Buffer
-		run := func() error {
-			cmd := command(ctx, "/usr/bin/erl_call", "-r", "-address", addr.String(), "-e")
-			cmd.Stdin = strings.NewReader(expr + "\n")
-			out.Reset()
-			stderr.Reset()
-			cmd.Stdout, cmd.Stderr = &out, &stderr
-			cmd.WaitDelay = time.Second
-			return cmd.Run()
-		}
-		err := run()
-		// Seen right after another call, at a member that runs. Nothing was
-		// evaluated where no connection came about.
-		for n := 0; n < 2 && err != nil && strings.Contains(stderr.String(), "failed to connect"); n++ {
-			if provision.Sleep(ctx, 300*time.Millisecond) != nil {
-				break
-			}
-			err = run()
-		}
-		if err != nil {
+		// Of two callers of one name the second is refused, and erl_call's own
+		// random name (-r) is the same for a whole second. Names are few: each
+		// becomes an atom, which Erlang never forgets.
+		caller := fmt.Sprintf("platter%d", rand.IntN(10000))
+		cmd := command(ctx, "/usr/bin/erl_call", "-h", caller, "-address", addr.String(), "-e")
+		cmd.Stdin = strings.NewReader(expr + "\n")
+		cmd.Stdout, cmd.Stderr = &out, &stderr
+		cmd.WaitDelay = time.Second
+		if err := cmd.Run(); err != nil {
 			if ctx.Err() != nil {
 				return "", fmt.Errorf("%s on node %s: %w", service, node, context.Cause(ctx))
 			}
