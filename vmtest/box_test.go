@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -106,12 +107,15 @@ func installRoot(ctx context.Context, script, root, program, store string) error
 	return rep.Flush(ctx)
 }
 
+// boxes counts them: racks of them run side by side.
+var boxes atomic.Int64
+
 // newBox is a blank machine with a cable into the lab.
 func (r *rig) newBox(image, name, mac, addr string) *box {
 	r.t.Helper()
 	b := &box{r: r, image: image, name: name, mac: mac, addr: addr, dir: filepath.Join(r.dir, "box-"+name)}
-	id := fmt.Sprintf("%x-%s", os.Getpid(), name)
-	b.ns, b.port, b.cgroup = "pb-"+id, "p"+id, "platter-"+id
+	id := fmt.Sprintf("%x-%x", os.Getpid(), boxes.Add(1)) // short: a port's name has 15 characters
+	b.ns, b.port, b.cgroup = "pb-"+id+"-"+name, "p"+id, "platter-"+id+"-"+name
 	r.run("mkdir", "-p", b.dir+"/root")
 	r.run("ip", "netns", "add", b.ns)
 	r.t.Cleanup(func() {
