@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -122,7 +123,16 @@ func (r *rig) newBox(image, name, mac, addr string) *box {
 		b.off()
 		b.unmount()
 		r.run("ip", "netns", "del", b.ns)
-		exec.Command("find", filepath.Join(cgroupRoot(), b.cgroup), "-type", "d", "-delete").Run()
+		// The last of the killed may still be on its way.
+		cg := filepath.Join(cgroupRoot(), b.cgroup)
+		for range 100 {
+			exec.Command("find", cg, "-depth", "-type", "d", "-delete").Run()
+			if _, err := os.Stat(cg); errors.Is(err, fs.ErrNotExist) {
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		r.t.Errorf("the cgroup %s of box %s stays", b.cgroup, name)
 	})
 	r.inLab("ip", "link", "add", b.port, "type", "veth", "peer", "name", "eth0", "netns", b.ns)
 	r.inLab("ip", "link", "set", b.port, "master", "br0", "up")
