@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"platter/provision"
@@ -90,11 +91,7 @@ func (p *prober) switchover(ctx context.Context) error {
 		return err
 	}
 	defer resp.Body.Close()
-	answer, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
-	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("patroni answers %s: %s", resp.Status, answer)
-	}
-	return nil
+	return refused("patroni", resp)
 }
 
 // check asks whether the component serves on this node. One that names no way
@@ -127,10 +124,21 @@ func (p *prober) check(ctx context.Context, c provision.PlacedComponent) error {
 			return err
 		}
 		defer resp.Body.Close()
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
-		if resp.StatusCode/100 != 2 {
-			return fmt.Errorf("%s answers %s: %s", url, resp.Status, body)
-		}
+		return refused(url, resp)
 	}
 	return nil
+}
+
+// refused is what who says where it does not say yes, in one line: pages for
+// people say no more than their status.
+func refused(who string, resp *http.Response) error {
+	if resp.StatusCode/100 == 2 {
+		return nil
+	}
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
+	text := strings.Join(strings.Fields(string(body)), " ")
+	if text == "" || strings.HasPrefix(text, "<") {
+		return fmt.Errorf("%s answers %s", who, resp.Status)
+	}
+	return fmt.Errorf("%s answers %s: %s", who, resp.Status, text)
 }
