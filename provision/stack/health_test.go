@@ -12,7 +12,7 @@ func TestRefusedIsOneLine(t *testing.T) {
 	for body, want := range map[string]string{
 		"":                                    "haproxy answers 503 Service Unavailable",
 		"<html><body>\n<h1>503</h1></body>\n": "haproxy answers 503 Service Unavailable",
-		"{\"state\":\n  \"starting\"}\n":       `haproxy answers 503 Service Unavailable: {"state": "starting"}`,
+		"{\"state\":\n  \"starting\"}\n":      `haproxy answers 503 Service Unavailable: {"state": "starting"}`,
 	} {
 		resp := &http.Response{StatusCode: 503, Status: "503 Service Unavailable", Body: io.NopCloser(strings.NewReader(body))}
 		if err := refused("haproxy", resp); err == nil || err.Error() != want {
