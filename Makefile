@@ -105,7 +105,7 @@ vms: image build/.test-deps ## racks of VMs from power-on to a chat message, and
 .PHONY: boxes
 boxes: image build/.test-deps ## the service on the image's own systemd in namespaces, and clusters of real ejabberd
 	bin/platter image export debian-13 root build/image/root.ext4 --store $(STORE)
-	$(GO) test -tags e2e -timeout 50m -v -run 'TestStack' ./vmtest
+	$(GO) test -tags e2e -timeout 50m -parallel 3 -v -run 'TestStack' ./vmtest
 	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
 
 .PHONY: bench
