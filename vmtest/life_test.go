@@ -88,9 +88,14 @@ func (b *box) amqp(queue, text string) string {
 	if err != nil {
 		b.r.t.Fatal(err)
 	}
-	b.r.t.Setenv("PASSWORD", b.sh("sed -n 's/^default_pass = //p' /etc/rabbitmq/rabbitmq.conf"))
-	return strings.TrimSpace(b.r.run("nsenter", "--net=/run/netns/"+b.ns, self, amqpClient, b.addr,
-		filepath.Join(b.dir, "root/etc/rabbitmq/platter-ca.pem"), queue, text))
+	cmd := exec.Command("nsenter", "--net=/run/netns/"+b.ns, self, amqpClient, b.addr,
+		filepath.Join(b.dir, "root/etc/rabbitmq/platter-ca.pem"), queue, text)
+	cmd.Env = append(os.Environ(), "PASSWORD="+b.sh("sed -n 's/^default_pass = //p' /etc/rabbitmq/rabbitmq.conf"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		b.r.t.Fatalf("queue %s at %s: %v\n%s", queue, b.name, err, out)
+	}
+	return strings.TrimSpace(string(out))
 }
 
 // readyAgain tells whether these nodes were seen not to be ready, and then are.
