@@ -145,7 +145,12 @@ func TestStackTrouble(t *testing.T) {
 	boxes[2].off()
 	boxes[2].install()
 	boxes[2].on()
-	boxes[0].sh("systemctl stop nginx && systemd-run -q --unit squatter python3 -m http.server 443 && systemctl start --no-block nginx")
+	boxes[0].sh(`until ss -Hltnp sport = :443 | grep -q python3; do
+	systemctl stop nginx
+	systemctl -q is-active squatter || systemd-run -q --collect --unit squatter python3 -m http.server 443
+	sleep 0.2
+done
+systemctl start --no-block nginx`)
 	r.trouble("node1", "web cannot work on node node1: its port 443 is taken by python3 (process ", "http.server 443")
 	boxes[0].sh("systemctl stop squatter")
 	r.wellAgain(all)
