@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -123,16 +122,6 @@ func (r *rig) newBox(image, name, mac, addr string) *box {
 		b.off()
 		b.unmount()
 		r.run("ip", "netns", "del", b.ns)
-		// The last of the killed may still be on its way.
-		cg := filepath.Join(cgroupRoot(), b.cgroup)
-		for range 100 {
-			exec.Command("find", cg, "-depth", "-type", "d", "-delete").Run()
-			if _, err := os.Stat(cg); errors.Is(err, fs.ErrNotExist) {
-				return
-			}
-			time.Sleep(100 * time.Millisecond)
-		}
-		r.t.Errorf("the cgroup %s of box %s stays", b.cgroup, name)
 	})
 	r.inLab("ip", "link", "add", b.port, "type", "veth", "peer", "name", "eth0", "netns", b.ns)
 	r.inLab("ip", "link", "set", b.port, "master", "br0", "up")
@@ -260,21 +249,30 @@ func (b *box) off() {
 		return
 	}
 	cg := filepath.Join(cgroupRoot(), b.cgroup)
-	freeze := func(state string) {
-		if err := os.WriteFile(cg+"/cgroup.freeze", []byte(state), 0); err != nil {
+	control := func(file string) {
+		if err := os.WriteFile(filepath.Join(cg, file), []byte("1"), 0); err != nil {
 			b.r.t.Error(err)
 		}
 	}
-	freeze("1")
-	for range 1000 { // one in an uninterruptible sleep comes late
-		if text, err := os.ReadFile(cg + "/cgroup.events"); err != nil || strings.Contains(string(text), "frozen 1") {
-			break
+	until := func(event string) { // no longer than 5 s: one in an uninterruptible sleep comes late
+		for range 5000 {
+			if text, err := os.ReadFile(cg + "/cgroup.events"); err != nil || strings.Contains(string(text), event) {
+				return
+			}
+			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(time.Millisecond)
 	}
-	b.process.Process.Kill()
+	control("cgroup.freeze")
+	until("frozen 1")
+	// Frozen processes die without running again. The first process closes its
+	// files before its namespace kills the others, so it is not left to that.
+	control("cgroup.kill")
+	until("populated 0")
 	<-b.dead
-	freeze("0")
+	// The kernel kills what is later started in a control group below.
+	if out, err := exec.Command("find", cg, "-depth", "-type", "d", "-delete").CombinedOutput(); err != nil {
+		b.r.t.Errorf("the control group of box %s stays: %v\n%s", b.name, err, out)
+	}
 	b.process = nil
 	// Nothing of its network outlives it but the cable.
 	next, ok := strings.CutSuffix(b.ns, "-2")

@@ -7,7 +7,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
@@ -15,16 +14,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"mellium.im/sasl"
-	"mellium.im/xmlstream"
 	"mellium.im/xmpp"
 	"mellium.im/xmpp/jid"
-	"mellium.im/xmpp/stanza"
 
 	"platter/provision"
 	"platter/provision/stack/session"
@@ -206,6 +202,16 @@ func (w *writing) deliveries() int {
 	return w.arrived
 }
 
+func (w *writing) acked(ids ...string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, id := range ids {
+		if m := w.all[id]; m != nil {
+			m.acked = true
+		}
+	}
+}
+
 // settled: whatever was acknowledged has arrived.
 func (w *writing) settled() bool {
 	w.mu.Lock()
@@ -284,96 +290,28 @@ func (u *writer) live(ctx context.Context) {
 	}
 }
 
-func smElement(name string, attrs ...xml.Attr) xml.TokenReader {
-	return xmlstream.Wrap(nil, xml.StartElement{Name: xml.Name{Space: "urn:xmpp:sm:3", Local: name}, Attr: attrs})
-}
-
 // write is one session, until it breaks.
 func (u *writer) write(ctx context.Context, s *xmpp.Session) {
-	broken, enabled := make(chan struct{}), make(chan struct{})
-	heard := make(chan struct{}, 1)
-	received, acked, on := 0, 0, false
-	sent := []*flowed{nil} // in order; nil is presence
-	var mu sync.Mutex
-	defer func() {
-		s.Conn().Close()
-		<-broken
-	}()
-	go func() {
-		defer close(broken)
-		s.Serve(xmpp.HandlerFunc(func(rw xmlstream.TokenReadEncoder, start *xml.StartElement) error {
-			select {
-			case heard <- struct{}{}:
-			default:
-			}
-			switch start.Name.Local {
-			case "enabled":
-				on = true
-				close(enabled)
-			case "r":
-				_, err := xmlstream.Copy(rw, smElement("a", xml.Attr{Name: xml.Name{Local: "h"}, Value: strconv.Itoa(received)}))
-				return err
-			case "a":
-				for _, a := range start.Attr {
-					if h, err := strconv.Atoi(a.Value); a.Name.Local == "h" && err == nil {
-						mu.Lock()
-						got := sent[acked:min(h, len(sent))]
-						acked += len(got)
-						mu.Unlock()
-						u.w.mu.Lock()
-						for _, m := range got {
-							if m != nil {
-								m.acked = true
-							}
-						}
-						u.w.mu.Unlock()
-					}
-				}
-			case "message", "presence", "iq":
-				if on {
-					received++
-				}
-				if start.Name.Local != "message" {
-					return nil
-				}
-				var in struct {
-					Type string `xml:"type,attr"`
-					Body string `xml:"body"`
-				}
-				if err := xml.NewTokenDecoder(xmlstream.MultiReader(xmlstream.Token(*start), rw)).Decode(&in); err != nil {
-					return err
-				}
-				if in.Type == "error" {
-					fmt.Fprintf(os.Stderr, "%s %s gets %s back\n", time.Now().Format("15:04:05.000"), u.name, in.Body)
-				} else {
-					u.w.deliver(in.Body)
-				}
-			}
-			return nil
-		}))
-	}()
-	if s.Send(ctx, smElement("enable")) != nil {
+	m, err := session.Manage(ctx, s, u.w.acked, func(in session.Incoming) {
+		if in.Type == "error" {
+			fmt.Fprintf(os.Stderr, "%s %s gets %s back\n", time.Now().Format("15:04:05.000"), u.name, in.Body)
+		} else {
+			u.w.deliver(in.Body)
+		}
+	})
+	if err != nil {
 		return
 	}
-	select {
-	case <-enabled:
-	case <-broken:
-		return
-	case <-ctx.Done():
-		return
-	}
-	if s.Send(ctx, stanza.Presence{}.Wrap(nil)) != nil {
-		return
-	}
+	defer m.Close()
 	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
 	for silent := time.Now(); ; {
 		select {
-		case <-broken:
+		case <-m.Broken:
 			return
 		case <-ctx.Done():
 			return
-		case <-heard:
+		case <-m.Heard:
 			silent = time.Now()
 			continue
 		case <-tick.C:
@@ -381,18 +319,10 @@ func (u *writer) write(ctx context.Context, s *xmpp.Session) {
 		if time.Since(silent) > 8*time.Second { // every tick asks for an answer
 			return
 		}
-		if m := u.w.add(u); m != nil {
-			mu.Lock()
-			sent = append(sent, m)
-			mu.Unlock()
-			if err := s.Encode(ctx, struct {
-				stanza.Message
-				Body string `xml:"body"`
-			}{stanza.Message{ID: m.ID, To: jid.MustParse(u.to + "@" + u.w.p.Domain), Type: stanza.ChatMessage}, m.ID}); err != nil {
-				return
-			}
+		if text := u.w.add(u); text != nil && m.Send(ctx, jid.MustParse(u.to+"@"+u.w.p.Domain), text.ID) != nil {
+			return
 		}
-		if s.Send(ctx, smElement("r")) != nil {
+		if m.Ask(ctx) != nil {
 			return
 		}
 	}

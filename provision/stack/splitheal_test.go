@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/xml"
 	"fmt"
 	"net"
 	"os"
@@ -20,10 +19,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"mellium.im/sasl"
-	"mellium.im/xmlstream"
 	"mellium.im/xmpp"
 	"mellium.im/xmpp/jid"
-	"mellium.im/xmpp/stanza"
 
 	"platter/provision"
 	"platter/provision/stack/session"
@@ -322,12 +319,6 @@ func dialIn(ns, addr string) (net.Conn, error) {
 	return conn, err
 }
 
-const smNS = "urn:xmpp:sm:3"
-
-func element(name string, attrs ...xml.Attr) xml.TokenReader {
-	return xmlstream.Wrap(nil, xml.StartElement{Name: xml.Name{Space: smNS, Local: name}, Attr: attrs})
-}
-
 // live keeps the user logged in, counts what the server acknowledges, and
 // writes to others until the traffic is over, until ctx ends.
 func (c *talker) live(ctx context.Context, tr *traffic) {
@@ -343,76 +334,23 @@ func (c *talker) live(ctx context.Context, tr *traffic) {
 
 // talkOn is one session.
 func (c *talker) talkOn(ctx context.Context, s *xmpp.Session, tr *traffic) {
-	broken, enabled := make(chan struct{}), make(chan struct{})
-	received, acked, on := 0, 0, false
-	sent := []string{""} // stanzas in order: ids of messages, "" for presence
-	defer func() {
-		s.Conn().Close()
-		<-broken
-	}()
-	go func() {
-		defer close(broken)
-		s.Serve(xmpp.HandlerFunc(func(rw xmlstream.TokenReadEncoder, start *xml.StartElement) error {
-			switch start.Name.Local {
-			case "enabled":
-				on = true
-				close(enabled)
-			case "r":
-				_, err := xmlstream.Copy(rw, element("a", xml.Attr{Name: xml.Name{Local: "h"}, Value: strconv.Itoa(received)}))
-				return err
-			case "a":
-				for _, a := range start.Attr {
-					if h, err := strconv.Atoi(a.Value); a.Name.Local == "h" && err == nil {
-						c.mu.Lock()
-						ids := sent[acked:min(h, len(sent))]
-						c.mu.Unlock()
-						acked += len(ids)
-						tr.acked(ids...)
-					}
-				}
-			case "message", "presence", "iq":
-				if on {
-					received++
-				}
-				if start.Name.Local != "message" {
-					return nil
-				}
-				var in struct {
-					From jid.JID `xml:"from,attr"`
-					Type string  `xml:"type,attr"`
-					Body string  `xml:"body"`
-				}
-				if err := xml.NewTokenDecoder(xmlstream.MultiReader(xmlstream.Token(*start), rw)).Decode(&in); err != nil {
-					return err
-				}
-				if in.Type == "chat" && in.Body != "" {
-					c.mu.Lock()
-					c.got[in.Body] = in.From.Localpart()
-					c.mu.Unlock()
-				}
-			}
-			return nil
-		}))
-	}()
-	if s.Send(ctx, element("enable")) != nil {
+	m, err := session.Manage(ctx, s, tr.acked, func(in session.Incoming) {
+		if in.Type == "chat" && in.Body != "" {
+			c.mu.Lock()
+			c.got[in.Body] = in.From.Localpart()
+			c.mu.Unlock()
+		}
+	})
+	if err != nil {
 		return
 	}
-	select {
-	case <-enabled:
-	case <-broken:
-		return
-	case <-ctx.Done():
-		return
-	}
-	if s.Send(ctx, stanza.Presence{}.Wrap(nil)) != nil {
-		return
-	}
+	defer m.Close()
 	// The archive in Mnesia rewrites all that a user has for every message.
 	tick := time.NewTicker(300 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		select {
-		case <-broken:
+		case <-m.Broken:
 			return
 		case <-ctx.Done():
 			return
@@ -422,19 +360,11 @@ func (c *talker) talkOn(ctx context.Context, s *xmpp.Session, tr *traffic) {
 			continue // still listening
 		}
 		for _, to := range c.to {
-			id := tr.add(c, to)
-			c.mu.Lock()
-			sent = append(sent, id)
-			c.mu.Unlock()
-			err := s.Encode(ctx, struct {
-				stanza.Message
-				Body string `xml:"body"`
-			}{stanza.Message{ID: id, To: address(to), Type: stanza.ChatMessage}, id})
-			if err != nil {
+			if m.Send(ctx, address(to), tr.add(c, to)) != nil {
 				return
 			}
 		}
-		if len(c.to) > 0 && s.Send(ctx, element("r")) != nil {
+		if len(c.to) > 0 && m.Ask(ctx) != nil {
 			return
 		}
 	}

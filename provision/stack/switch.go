@@ -529,10 +529,9 @@ func (s *switcher) replan(ctx context.Context) error {
 
 // start lets go of what is held and sees every component of the node healthy.
 func (s *switcher) start(ctx context.Context) error {
-	for _, name := range s.j.Changes.Components {
-		if err := os.Remove(s.path(holdDir + name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	// With what a power cut left of a file that was being written.
+	if err := os.RemoveAll(s.path(holdDir)); err != nil {
+		return err
 	}
 	if err := s.sd.Reload(ctx); err != nil { // a boot may have been in between
 		return err
