@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -128,4 +129,11 @@ func copyFiles(from, to string, wanted func(name string) bool) error {
 		file := filepath.Join(to, rel)
 		return errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, b, 0o644))
 	})
+}
+
+// WebLock is npm's lock file of the web client that images built by the recipe
+// called name hold; nil where it has none, or where there is no such recipe.
+func WebLock(name string) []byte {
+	b, _ := recipes.ReadFile(path.Join("recipe", name, "web/package-lock.json"))
+	return b
 }
