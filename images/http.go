@@ -1,11 +1,14 @@
 package images
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"net/http"
 	"os"
 	"regexp"
+	"strings"
+	"time"
 )
 
 var objectURL = regexp.MustCompile(`^/objects/([0-9a-f]{64}(?:\.minisig)?)$`)
@@ -24,7 +27,7 @@ func (s *Store) Handler() http.Handler {
 			http.Error(w, "no such object: the path is /objects/ and a SHA-256 in lower-case hex", http.StatusNotFound)
 			return
 		}
-		f, err := os.Open(s.objectPath(m[1]))
+		f, err := s.openServed(m[1])
 		if errors.Is(err, fs.ErrNotExist) {
 			http.Error(w, "no such object: "+m[1], http.StatusNotFound)
 			return
@@ -43,7 +46,38 @@ func (s *Store) Handler() http.Handler {
 		h.Set("Content-Type", "application/octet-stream")
 		h.Set("Etag", `"`+m[1]+`"`)
 		h.Set("Cache-Control", "public, max-age=31536000, immutable")
-		// The file goes in as it is, so that the kernel can send it.
+		// A file goes in as it is, so that the kernel can send it.
 		http.ServeContent(w, r, "", st.ModTime(), f)
 	})
 }
+
+// openServed opens an object, or the signature of a manifest.
+func (s *Store) openServed(name string) (File, error) {
+	hash, signature := strings.CutSuffix(name, sigSuffix)
+	if !signature {
+		return s.OpenObject(hash)
+	}
+	f, err := os.Open(s.objectPath(name))
+	if err == nil {
+		return f, nil
+	}
+	for _, src := range s.sources {
+		for _, name := range src.Refs() {
+			if digest, sig, err := src.Ref(name); err == nil && digest == hash {
+				return memory{bytes.NewReader(sig)}, nil
+			}
+		}
+	}
+	return nil, err
+}
+
+// memory is a small object that is in memory.
+type memory struct{ *bytes.Reader }
+
+func (memory) Close() error                 { return nil }
+func (m memory) Stat() (fs.FileInfo, error) { return m, nil }
+func (memory) Name() string                 { return "" }
+func (memory) Mode() fs.FileMode            { return 0o444 }
+func (memory) ModTime() time.Time           { return time.Time{} }
+func (memory) IsDir() bool                  { return false }
+func (memory) Sys() any                     { return nil }

@@ -320,7 +320,7 @@ func (s *Store) Export(ctx context.Context, name, part, to string) error {
 
 // unpack writes one part of an image to a sparse file. Every frame is checked.
 func (s *Store) unpack(ctx context.Context, im *provision.Image, part provision.Part, to string) error {
-	pack, err := os.Open(s.objectPath(im.Pack.Hash))
+	pack, err := s.OpenObject(im.Pack.Hash)
 	if err != nil {
 		return fmt.Errorf("object %s, the pack of image %s, cannot be read: %w", im.Pack.Hash, im.Name, err)
 	}

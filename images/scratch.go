@@ -35,7 +35,13 @@ func newScratch(workDir, name string) (*scratch, error) {
 	if err != nil {
 		return nil, fmt.Errorf("work folder cannot be used: %w", err)
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	// The last program of a build that is over may still be on its way out.
+	for end := time.Now().Add(3 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("another build of %s is running in %s: wait for it or name another work folder", name, workDir)
 	}

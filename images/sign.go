@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sort"
+	"slices"
 	"strings"
 
 	"aead.dev/minisign"
@@ -94,22 +94,74 @@ func readPublicKey(file string) (publicKey, error) {
 	return k, nil
 }
 
-// trusted reads the store's keys, sorted by file name.
+// VendorKey is the public key that came with this program, a file of minisign
+// without its comment; empty in a build that belongs to no set. It is set by the
+// linker (-X platter/images.VendorKey=RW...).
+var VendorKey string
+
+// trusted are the keys whose signatures count: that of the program and the
+// store's own, sorted by file name.
 func (s *Store) trusted() ([]publicKey, error) {
 	files, err := filepath.Glob(filepath.Join(s.dir, "keys", "*"+pubSuffix))
 	if err != nil {
 		return nil, err
 	}
-	sort.Strings(files)
+	slices.Sort(files)
+	return readPublicKeys(files)
+}
+
+// readPublicKeys reads keys and puts the program's own before them.
+func readPublicKeys(files []string) ([]publicKey, error) {
 	var keys []publicKey
+	if VendorKey != "" {
+		k := publicKey{text: []byte(VendorKey + "\n")}
+		if err := k.key.UnmarshalText([]byte(VendorKey)); err != nil {
+			return nil, fmt.Errorf("the public key that is built into this program is none: %w", err)
+		}
+		k.name = fmt.Sprintf("%016x%s", k.key.ID(), pubSuffix)
+		keys = append(keys, k)
+	}
 	for _, f := range files {
 		k, err := readPublicKey(f)
 		if err != nil {
 			return nil, err
 		}
-		keys = append(keys, k)
+		if len(keys) == 0 || !keys[0].key.Equal(k.key) { // the program's again
+			keys = append(keys, k)
+		}
 	}
 	return keys, nil
+}
+
+// Signatures is CheckSignature without a store: the keys that count are those in
+// files and the program's own.
+func Signatures(files ...string) (check func(raw, sig []byte) error, err error) {
+	keys, err := readPublicKeys(files)
+	if err != nil {
+		return nil, err
+	}
+	return func(raw, sig []byte) error { return verify(keys, raw, sig) }, nil
+}
+
+// CheckSignature says why sig is not a signature for raw that counts: the keys
+// that count are the store's and the program's own.
+func (s *Store) CheckSignature(raw, sig []byte) error {
+	keys, err := s.trusted()
+	if err != nil {
+		return err
+	}
+	return verify(keys, raw, sig)
+}
+
+// Sign signs raw, which is called name in the signature's comment, with the
+// minisign secret key in keyFile, which the store has to trust. Equal arguments
+// give equal signatures.
+func (s *Store) Sign(raw []byte, name, keyFile string) ([]byte, error) {
+	k, err := s.readSecretKey(keyFile)
+	if err != nil {
+		return nil, err
+	}
+	return k.sign(raw, name), nil
 }
 
 // readSecretKey reads a secret key that the store trusts: what is signed with
@@ -143,7 +195,7 @@ func (k secretKey) sign(raw []byte, name string) []byte {
 // verify accepts raw if one of keys made sig for it.
 func verify(keys []publicKey, raw, sig []byte) error {
 	if len(keys) == 0 {
-		return errors.New("the store has no trusted key: add one with 'platter image trust'")
+		return errors.New("no key is trusted: add one with 'platter image trust'")
 	}
 	var parsed minisign.Signature
 	if err := parsed.UnmarshalText(sig); err != nil {

@@ -13,16 +13,39 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"sort"
+	"slices"
 	"strings"
 
 	"platter/provision"
 )
 
-// Store is a folder of objects, refs and trusted keys. Its methods may be
-// called at the same time, also by several processes.
+// Store is a folder of objects, refs and trusted keys, and what the sources
+// beside it have. Its methods may be called at the same time, also by several
+// processes.
 type Store struct {
-	dir string
+	dir     string
+	sources []Source
+}
+
+// Source has refs and objects that lie elsewhere than in the store's folder, on
+// discs for example. What it says is believed no more than what the folder
+// holds.
+type Source interface {
+	// Refs are the names that it has.
+	Refs() []string
+	// Ref is the digest of the manifest that name points to, and the manifest's
+	// signature. An error that is fs.ErrNotExist: it has no such name.
+	Ref(name string) (digest string, signature []byte, err error)
+	// Open opens the object with this SHA-256. An error that is fs.ErrNotExist:
+	// it has no such object.
+	Open(hash string) (File, error)
+}
+
+// File is an open object.
+type File interface {
+	io.ReadSeekCloser
+	io.ReaderAt
+	Stat() (fs.FileInfo, error)
 }
 
 // BootSet is what a machine gets when it boots over the network.
@@ -33,6 +56,23 @@ type BootSet struct {
 	Local provision.Object `json:"local"`
 	// Release of the kernel as uname -r prints it.
 	Release string `json:"release"`
+	// Disc are the loaders of a disc that machines boot from; empty where the
+	// image had none.
+	Disc DiscLoaders `json:"disc,omitzero"`
+}
+
+// DiscLoaders are GRUB's images that make an ISO bootable.
+type DiscLoaders struct {
+	ElTorito provision.Object `json:"eltorito"` // what a BIOS starts from a CD
+	Hybrid   provision.Object `json:"hybrid"`   // the boot sector where the disc is a USB stick
+	EFI      provision.Object `json:"efi"`      // EFI/BOOT/BOOTX64.EFI
+}
+
+func (l DiscLoaders) objects() []provision.Object {
+	if l == (DiscLoaders{}) {
+		return nil
+	}
+	return []provision.Object{l.ElTorito, l.Hybrid, l.EFI}
 }
 
 // bootManifest is what is signed under the ref boot/ARCH.
@@ -50,16 +90,19 @@ type ref struct {
 	// Inputs is a hash over everything the manifest was built from; equal
 	// inputs need no second build.
 	Inputs string `json:"inputs,omitempty"`
+
+	signature []byte // where a source said it
 }
 
-// Open opens the store at dir and makes its folders if they are missing.
-func Open(dir string) (*Store, error) {
+// Open opens the store at dir and makes its folders if they are missing. What it
+// lacks is looked for in sources, in their order.
+func Open(dir string, sources ...Source) (*Store, error) {
 	for _, d := range []string{"objects", "refs", "keys"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, fmt.Errorf("image store %s cannot be opened: %w", dir, err)
 		}
 	}
-	return &Store{dir: dir}, nil
+	return &Store{dir: dir, sources: sources}, nil
 }
 
 // Dir is the store's folder.
@@ -81,8 +124,11 @@ func (s *Store) Refs() ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("refs of the image store cannot be listed: %w", err)
 	}
-	sort.Strings(names)
-	return names, nil
+	for _, src := range s.sources {
+		names = append(names, src.Refs()...)
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
 }
 
 // Image returns the image called name. Its manifest carries the signature of a
@@ -133,6 +179,11 @@ func (s *Store) Boot(arch string) (BootSet, error) {
 	if err := s.complete(m.Local, "local loader of "+name); err != nil {
 		return BootSet{}, err
 	}
+	for _, o := range m.Disc.objects() {
+		if err := s.complete(o, "disc loader of "+name); err != nil {
+			return BootSet{}, err
+		}
+	}
 	return m.BootSet, nil
 }
 
@@ -143,22 +194,20 @@ func (s *Store) signed(name string) (ref, []byte, error) {
 	if err != nil {
 		return ref{}, nil, err
 	}
-	raw, err := os.ReadFile(s.objectPath(r.Digest))
+	raw, err := s.read(r.Digest)
 	if err != nil {
 		return ref{}, nil, fmt.Errorf("manifest %s of %s is missing from the store: copy the disc again: %w", r.Digest, name, err)
 	}
 	if got := hexSum(raw); got != r.Digest {
 		return ref{}, nil, fmt.Errorf("manifest %s of %s is damaged, its content hashes to %s: copy the disc again", r.Digest, name, got)
 	}
-	sig, err := os.ReadFile(s.objectPath(r.Digest) + sigSuffix)
-	if err != nil {
-		return ref{}, nil, fmt.Errorf("manifest %s of %s has no signature: build it again with --key: %w", r.Digest, name, err)
+	sig := r.signature
+	if sig == nil {
+		if sig, err = os.ReadFile(s.objectPath(r.Digest) + sigSuffix); err != nil {
+			return ref{}, nil, fmt.Errorf("manifest %s of %s has no signature: build it again with --key: %w", r.Digest, name, err)
+		}
 	}
-	keys, err := s.trusted()
-	if err != nil {
-		return ref{}, nil, err
-	}
-	if err := verify(keys, raw, sig); err != nil {
+	if err := s.CheckSignature(raw, sig); err != nil {
 		return ref{}, nil, fmt.Errorf("manifest %s of %s is refused: %w", r.Digest, name, err)
 	}
 	return r, raw, nil
@@ -169,9 +218,14 @@ func (s *Store) complete(o provision.Object, what string) error {
 	if !hexHash.MatchString(o.Hash) {
 		return fmt.Errorf("%s has no valid hash (%q): build it again", what, o.Hash)
 	}
-	st, err := os.Stat(s.objectPath(o.Hash))
+	f, err := s.OpenObject(o.Hash)
 	if err != nil {
 		return fmt.Errorf("object %s, the %s, is missing from the store: copy the disc again: %w", o.Hash, what, err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("object %s, the %s, cannot be read: %w", o.Hash, what, err)
 	}
 	if st.Size() != o.Size {
 		return fmt.Errorf("object %s, the %s, is %d bytes instead of %d: copy the disc again", o.Hash, what, st.Size(), o.Size)
@@ -208,6 +262,13 @@ func (s *Store) readRef(name string) (ref, error) {
 	}
 	b, err := os.ReadFile(filepath.Join(s.dir, "refs", name))
 	if errors.Is(err, fs.ErrNotExist) {
+		for _, src := range s.sources {
+			digest, signature, err := src.Ref(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			return ref{Digest: digest, signature: signature}, err
+		}
 		have, _ := s.Refs()
 		return ref{}, fmt.Errorf("%s is not in the image store %s (it has: %s): build it with 'platter image' or name another store: %w", name, s.dir, strings.Join(have, ", "), fs.ErrNotExist)
 	}
@@ -234,6 +295,31 @@ func (s *Store) writeRef(name string, r ref) error {
 		return err
 	}
 	return writeFile(path, append(b, '\n'))
+}
+
+// OpenObject opens the object with this SHA-256, in the folder or in the first
+// source that has it. The error is fs.ErrNotExist where none has.
+func (s *Store) OpenObject(hash string) (File, error) {
+	f, err := os.Open(s.objectPath(hash))
+	if err == nil {
+		return f, nil
+	}
+	for _, src := range s.sources {
+		if f, err := src.Open(hash); !errors.Is(err, fs.ErrNotExist) {
+			return f, err
+		}
+	}
+	return nil, err
+}
+
+// read returns a whole object.
+func (s *Store) read(hash string) ([]byte, error) {
+	f, err := s.OpenObject(hash)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(f)
 }
 
 func (s *Store) objectPath(hash string) string { return filepath.Join(s.dir, "objects", hash) }

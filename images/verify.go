@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"runtime"
-	"strings"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
@@ -25,48 +23,29 @@ func (s *Store) Verify(ctx context.Context, name string, progress func(done, tot
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}
-	if arch, ok := strings.CutPrefix(name, "boot/"); ok {
-		set, err := s.Boot(arch)
-		if err != nil {
-			return err
-		}
-		total, done := set.Kernel.Size+set.Initramfs.Size+set.Local.Size, int64(0)
-		for _, o := range []struct {
-			provision.Object
-			what string
-		}{{set.Kernel, "kernel"}, {set.Initramfs, "initramfs"}, {set.Local, "local loader"}} {
-			if err := s.verifyObject(ctx, o.Object, o.what+" of "+name); err != nil {
-				return err
-			}
-			done += o.Size
-			progress(done, total)
-		}
-		return nil
-	}
-	if version, ok := ReleaseOf(name); ok {
-		_, r, err := s.Release(version)
-		if err != nil {
-			return err
-		}
-		done := int64(0)
-		for _, f := range r.Files {
-			if err := s.verifyObject(ctx, provision.Object{Hash: f.Digest, Size: f.Size}, fmt.Sprintf("file %s of release %s", f.Name, r.Version)); err != nil {
-				return err
-			}
-			done += f.Size
-			progress(done, r.Size())
-		}
-		return nil
-	}
-	_, im, err := s.Image(name)
+	c, err := s.Contents(name)
 	if err != nil {
 		return err
 	}
-	return s.verifyPack(ctx, im, progress)
+	if c.Image != nil {
+		return s.verifyPack(ctx, c.Image, progress)
+	}
+	var total, done int64
+	for _, o := range c.Objects {
+		total += o.Size
+	}
+	for _, o := range c.Objects {
+		if err := s.verifyObject(ctx, o.Object, o.What); err != nil {
+			return err
+		}
+		done += o.Size
+		progress(done, total)
+	}
+	return nil
 }
 
 func (s *Store) verifyObject(ctx context.Context, o provision.Object, what string) error {
-	f, err := os.Open(s.objectPath(o.Hash))
+	f, err := s.OpenObject(o.Hash)
 	if err != nil {
 		return fmt.Errorf("object %s, the %s, cannot be read: %w", o.Hash, what, err)
 	}
@@ -96,7 +75,7 @@ func (s *Store) verifyObject(ctx context.Context, o provision.Object, what strin
 // verifyPack checks every frame packed and unpacked, and that no byte of the
 // pack lies outside of a frame.
 func (s *Store) verifyPack(ctx context.Context, im *provision.Image, progress func(done, total int64)) error {
-	f, err := os.Open(s.objectPath(im.Pack.Hash))
+	f, err := s.OpenObject(im.Pack.Hash)
 	if err != nil {
 		return fmt.Errorf("object %s, the pack of image %s, cannot be read: %w", im.Pack.Hash, im.Name, err)
 	}

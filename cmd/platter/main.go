@@ -33,7 +33,7 @@ installs them, and calls a node ready when a chat message has passed.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(serveCmd(), rackCmd(), nodeCmd(), stackCmd(), watchCmd(), imageCmd(), hostCmd(), labCmd())
+	root.AddCommand(serveCmd(), rackCmd(), nodeCmd(), stackCmd(), watchCmd(), imageCmd(), discCmd(), hostCmd(), labCmd())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)

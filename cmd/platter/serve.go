@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -19,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"platter/images"
+	"platter/images/disc"
 	"platter/provision"
 	"platter/provision/dischost"
 	"platter/provision/site"
@@ -30,8 +33,12 @@ import (
 // defaultStore is where a disc host keeps its images.
 const defaultStore = "/var/lib/platter/store"
 
+// defaultIPXE is where Debian's package ipxe has its loaders.
+const defaultIPXE = "/usr/lib/ipxe"
+
 type serveOptions struct {
 	rack, stack, store, state, socket, ipxe string
+	discs                                   []string
 }
 
 func serveCmd() *cobra.Command {
@@ -40,6 +47,11 @@ func serveCmd() *cobra.Command {
 		Use:   "serve -c rack.yaml",
 		Short: "Serve a rack: DHCP, TFTP, HTTP, the node API, and the page",
 		Long: `Serve a rack: answer its network boots, install what is due, show what happens.
+
+With --disc nothing has to be copied before: images and loaders are read from
+where they lie, and every byte is compared before it goes out. Every file is there
+in full length before the first node is answered; what needs a volume that was not
+named is said.
 
 Only the interfaces that the rack file names are served. An interface on which
 another DHCP server answers is refused. Stop it with Ctrl-C or kill it at any
@@ -56,10 +68,11 @@ socket that systemd or 'platter lab exec --listen' hands over.`,
 	c.Flags().StringVarP(&o.rack, "config", "c", "", "the rack file")
 	c.MarkFlagRequired("config")
 	withStack(c, &o.stack)
-	c.Flags().StringVar(&o.store, "store", defaultStore, "the image store: a folder, or where the disc is mounted")
+	c.Flags().StringVar(&o.store, "store", "", "folder of the image store (default "+defaultStore+"; with --disc: in --state)")
+	c.Flags().StringArrayVar(&o.discs, "disc", nil, "serve from this volume of a set: a folder it is mounted on, an ISO file, or a drive; may be repeated")
 	c.Flags().StringVar(&o.state, "state", "/var/lib/platter/state", "folder of the journal, the site's CA and its secrets")
 	c.Flags().StringVar(&o.socket, "socket", defaultSocket, "Unix socket for operators")
-	c.Flags().StringVar(&o.ipxe, "ipxe", "/usr/lib/ipxe", "folder of the iPXE loaders, as in Debian's package ipxe")
+	c.Flags().StringVar(&o.ipxe, "ipxe", "", "folder of the iPXE loaders (default: the disc's, else "+defaultIPXE+" of Debian's package ipxe)")
 	return c
 }
 
@@ -73,7 +86,12 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("serve must run as root: DHCP, TFTP and HTTP use ports below 1024. Run it with sudo")
 	}
-	imgs, err := images.Open(o.store)
+	imgs, discs, err := openImages(o)
+	if err != nil {
+		return err
+	}
+	defer discs.Close()
+	loaders, err := ipxeLoaders(o, discs)
 	if err != nil {
 		return err
 	}
@@ -102,7 +120,7 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 	})
 
 	boot := &pxe.Server{
-		Networks: rack.Networks, Backend: host, IPXE: os.DirFS(o.ipxe),
+		Networks: rack.Networks, Backend: host, IPXE: loaders,
 		Objects: imgs.Handler(), Leases: filepath.Join(o.state, "leases"), Log: log,
 	}
 	if err := boot.Listen(ctx); err != nil {
@@ -120,6 +138,37 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 		return nil
 	}
 	return err
+}
+
+// openImages opens the store and the discs to serve from.
+func openImages(o serveOptions) (*images.Store, *disc.Discs, error) {
+	dir := o.store
+	if dir == "" {
+		dir = defaultStore
+		if len(o.discs) > 0 {
+			dir = filepath.Join(o.state, "store")
+		}
+	}
+	st, err := images.Open(dir)
+	if err != nil || len(o.discs) == 0 {
+		return st, &disc.Discs{}, err
+	}
+	discs, err := disc.Open(st.CheckSignature, o.discs...)
+	if err != nil {
+		return nil, nil, err
+	}
+	st, err = images.Open(dir, discs)
+	return st, discs, err
+}
+
+// ipxeLoaders are the iPXE programs for nodes. Those of a disc are compared and
+// then kept in the state.
+func ipxeLoaders(o serveOptions, discs *disc.Discs) (fs.FS, error) {
+	if o.ipxe != "" || len(o.discs) == 0 {
+		return os.DirFS(cmp.Or(o.ipxe, defaultIPXE)), nil
+	}
+	dir := filepath.Join(o.state, "ipxe")
+	return os.DirFS(dir), discs.Extract("ipxe", dir)
 }
 
 // listenAPIs opens the node API on every network, the operators' socket and

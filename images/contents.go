@@ -1,0 +1,194 @@
+package images
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"platter/provision"
+)
+
+// Contents is what a name of the store stands for.
+type Contents struct {
+	Name      string
+	Digest    string // of the manifest
+	Signature []byte // of the manifest, minisign's
+	// Objects are the manifest and all that it names, in the order in which a
+	// node reads them.
+	Objects []Content
+	// Image and Release are set for what they are.
+	Image   *provision.Image
+	Release *provision.Release
+}
+
+// Content is an object and what it is.
+type Content struct {
+	provision.Object
+	What string // for people
+	// Frames, of an image's pack, follow each other from its first byte to its
+	// last.
+	Frames []provision.Frame
+}
+
+// Contents lists everything that name stands for, under the same guarantees as
+// Image.
+func (s *Store) Contents(name string) (Contents, error) {
+	r, raw, err := s.signed(name)
+	if err != nil {
+		return Contents{}, err
+	}
+	c := Contents{Name: name, Digest: r.Digest, Signature: r.signature}
+	if c.Signature == nil {
+		if c.Signature, err = os.ReadFile(s.objectPath(r.Digest) + sigSuffix); err != nil {
+			return Contents{}, err
+		}
+	}
+	add := func(o provision.Object, what string, frames ...provision.Frame) {
+		c.Objects = append(c.Objects, Content{o, what + " of " + name, frames})
+	}
+	add(provision.Object{Hash: r.Digest, Size: int64(len(raw))}, "manifest")
+	if arch, ok := strings.CutPrefix(name, "boot/"); ok {
+		set, err := s.Boot(arch)
+		if err != nil {
+			return Contents{}, err
+		}
+		add(set.Kernel, "kernel")
+		add(set.Initramfs, "initramfs")
+		add(set.Local, "local loader")
+		for _, o := range set.Disc.objects() {
+			add(o, "disc loader")
+		}
+		return c, nil
+	}
+	if version, ok := ReleaseOf(name); ok {
+		if _, c.Release, err = s.Release(version); err != nil {
+			return Contents{}, err
+		}
+		for _, f := range c.Release.Files {
+			add(provision.Object{Hash: f.Digest, Size: f.Size}, "file "+f.Name)
+		}
+		return c, nil
+	}
+	if _, c.Image, err = s.Image(name); err != nil {
+		return Contents{}, err
+	}
+	var frames []provision.Frame
+	for _, p := range c.Image.Parts {
+		frames = append(frames, p.Frames...)
+	}
+	add(c.Image.Pack, "pack", frames...)
+	return c, nil
+}
+
+// Has tells whether the store's own folder has the object in full length.
+func (s *Store) Has(o provision.Object) bool {
+	st, err := os.Stat(s.objectPath(o.Hash))
+	return err == nil && st.Size() == o.Size
+}
+
+// Objects lists the SHA-256 of every object in the store's own folder, sorted.
+func (s *Store) Objects() ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(s.dir, "objects"))
+	if err != nil {
+		return nil, fmt.Errorf("objects of the image store cannot be listed: %w", err)
+	}
+	var out []string
+	for _, e := range entries {
+		if hexHash.MatchString(e.Name()) {
+			out = append(out, e.Name())
+		}
+	}
+	return out, nil
+}
+
+// partPrefix marks objects that are still arriving.
+const partPrefix = ".part-"
+
+// Arriving is an object of which not every byte is there yet. What is there
+// outlives the program; which bytes are right is for the caller to find out.
+type Arriving struct {
+	*os.File
+	s *Store
+	o provision.Object
+}
+
+// Arrive opens the object o as far as it has come, a file of its full length.
+func (s *Store) Arrive(o provision.Object) (*Arriving, error) {
+	if !hexHash.MatchString(o.Hash) || o.Size < 0 {
+		return nil, fmt.Errorf("%.80q with %d bytes is no object", o.Hash, o.Size)
+	}
+	f, err := os.OpenFile(filepath.Join(s.dir, "objects", partPrefix+o.Hash), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("image store %s cannot be written: %w", s.dir, err)
+	}
+	if err := f.Truncate(o.Size); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("image store %s cannot be written: %w", s.dir, err)
+	}
+	return &Arriving{f, s, o}, nil
+}
+
+// Commit makes the object durable under its hash and closes it. That every byte
+// is right is the caller's word.
+func (a *Arriving) Commit() error {
+	defer a.Close()
+	if err := errors.Join(a.Chmod(0o444), a.Sync()); err != nil {
+		return fmt.Errorf("object %s cannot be written: %w", a.o.Hash, err)
+	}
+	if err := os.Rename(a.Name(), a.s.objectPath(a.o.Hash)); err != nil {
+		return fmt.Errorf("object %s cannot be stored: %w", a.o.Hash, err)
+	}
+	return syncDir(filepath.Join(a.s.dir, "objects"))
+}
+
+// Drop removes what has arrived of the object.
+func (s *Store) Drop(o provision.Object) error {
+	if err := os.Remove(filepath.Join(s.dir, "objects", partPrefix+o.Hash)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("what arrived of object %s cannot be removed: %w", o.Hash, err)
+	}
+	return nil
+}
+
+// SetRef lets name point to the manifest with this digest, which is in the
+// store and for which signature counts. Nothing changes when it returns an
+// error.
+func (s *Store) SetRef(name, digest string, signature []byte) error {
+	if !refName.MatchString(name) || !hexHash.MatchString(digest) {
+		return fmt.Errorf("%.80q with manifest %.80q is no name for the image store", name, digest)
+	}
+	if r, err := s.readRef(name); err == nil && r.Digest == digest && r.signature == nil {
+		return nil
+	}
+	raw, err := os.ReadFile(s.objectPath(digest))
+	if err != nil {
+		return fmt.Errorf("manifest %s of %s is missing from the store: %w", digest, name, err)
+	}
+	if err := s.CheckSignature(raw, signature); err != nil {
+		return fmt.Errorf("manifest %s of %s is refused: %w", digest, name, err)
+	}
+	if err := writeFile(s.objectPath(digest)+sigSuffix, signature); err != nil {
+		return err
+	}
+	return s.writeRef(name, ref{Digest: digest})
+}
+
+// Hash is a hash over every name in the store and the manifest that it points to,
+// and so over everything that can be had from it.
+func (s *Store) Hash() (string, error) {
+	names, err := s.Refs()
+	if err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	for _, name := range names {
+		r, err := s.readRef(name)
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintf(&b, "%s %s\n", name, r.Digest)
+	}
+	return hexSum([]byte(b.String())), nil
+}

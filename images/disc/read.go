@@ -1,0 +1,236 @@
+package disc
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+
+	"github.com/kdomanski/iso9660"
+)
+
+// medium is where a volume's files lie: a folder that it is mounted on, an ISO
+// file, or a drive.
+type medium interface {
+	// open opens a file for reading. An error that is fs.ErrNotExist: there is none.
+	open(path string) (mediumFile, error)
+	// files are the paths of all files, sorted.
+	files() ([]string, error)
+	io.Closer
+}
+
+type mediumFile struct {
+	io.ReaderAt
+	size  int64
+	close func() error
+}
+
+// openMedium looks at what path is. For an ISO file or a drive that ends too
+// early the error says by how much.
+func openMedium(path string, check func(manifest, signature []byte) error) (medium, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("the disc at %s cannot be read: %w", path, err)
+	}
+	if st.IsDir() {
+		return folder(path), nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("the disc at %s cannot be read, is one in the drive? %w", path, err)
+	}
+	i, err := openISO(f)
+	if err != nil {
+		found, _ := (&Discs{check: check}).structureDamage(&volume{source: path}, f)
+		err = errors.Join(append([]error{fmt.Errorf("%s: %w", path, err)}, found...)...)
+		f.Close()
+		return nil, err
+	}
+	return i, nil
+}
+
+type folder string
+
+func (d folder) open(path string) (mediumFile, error) {
+	f, err := os.Open(filepath.Join(string(d), filepath.FromSlash(path)))
+	if err != nil {
+		return mediumFile{}, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no file: %w", path, fs.ErrNotExist)
+	}
+	if err != nil {
+		f.Close()
+		return mediumFile{}, err
+	}
+	return mediumFile{f, st.Size(), f.Close}, nil
+}
+
+func (d folder) files() ([]string, error) {
+	var out []string
+	err := filepath.WalkDir(string(d), func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(string(d), path)
+		out = append(out, filepath.ToSlash(rel))
+		return err
+	})
+	return out, err
+}
+
+func (folder) Close() error { return nil }
+
+const sector = 2048
+
+// iso is an ISO 9660 image (ECMA-119) with Rock Ridge names.
+type iso struct {
+	f    *os.File
+	size int64 // as the volume says
+	all  map[string]*iso9660.File
+}
+
+func openISO(f *os.File) (i *iso, err error) {
+	// The library trusts what it reads.
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("its table of contents is damaged: %v", r)
+		}
+	}()
+	var head [sector]byte
+	if _, err := f.ReadAt(head[:], 16*sector); err != nil || !bytes.Equal(head[1:6], []byte("CD001")) {
+		return nil, errors.New("there is no ISO 9660 file system on it: name a volume of a set, where it is mounted, or its drive")
+	}
+	i = &iso{f: f, size: int64(binary.LittleEndian.Uint32(head[80:])) * sector, all: map[string]*iso9660.File{}}
+	have, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, err
+	}
+	if have < i.size {
+		return nil, fmt.Errorf("the volume is short by %d bytes: it has %d of %d. Copy or burn it again", i.size-have, have, i.size)
+	}
+	image, err := iso9660.OpenImage(f)
+	if err != nil {
+		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
+	}
+	root, err := image.RootDir()
+	if err != nil {
+		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
+	}
+	if err := i.walk(root, "", 0); err != nil {
+		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
+	}
+	return i, nil
+}
+
+func (i *iso) walk(dir *iso9660.File, at string, depth int) error {
+	if depth > 8 {
+		return errors.New("its folders have no end")
+	}
+	children, err := dir.GetChildren()
+	if err != nil {
+		return err
+	}
+	for _, c := range children {
+		path := strings.TrimPrefix(at+"/"+c.Name(), "/")
+		if c.IsDir() {
+			if err := i.walk(c, path, depth+1); err != nil {
+				return err
+			}
+			continue
+		}
+		i.all[path] = c
+	}
+	return nil
+}
+
+func (i *iso) open(path string) (mediumFile, error) {
+	f, ok := i.all[path]
+	if !ok {
+		return mediumFile{}, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
+	}
+	r, ok := f.Reader().(io.ReaderAt)
+	if !ok {
+		return mediumFile{}, fmt.Errorf("%s is no file: %w", path, fs.ErrNotExist)
+	}
+	return mediumFile{r, f.Size(), func() error { return nil }}, nil
+}
+
+func (i *iso) files() (out []string, err error) {
+	for p := range i.all {
+		out = append(out, p)
+	}
+	sort.Strings(out)
+	return out, nil
+}
+
+func (i *iso) Close() error { return i.f.Close() }
+
+// readAll reads a small file.
+func readAll(m medium, path string, limit int64) ([]byte, error) {
+	f, err := m.open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.close()
+	if f.size > limit {
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", path, f.size, limit)
+	}
+	b := make([]byte, f.size)
+	if n, err := f.ReadAt(b, 0); n < len(b) {
+		return nil, fmt.Errorf("%s cannot be read at offset %d: %w", path, n, err)
+	}
+	return b, nil
+}
+
+// Damage is a stretch of a volume that is not what the set's manifest says.
+type Damage struct {
+	Set    string // for people
+	Volume int
+	Source string // what was opened
+	File   string
+	At     int64 // where the damaged chunk begins in the file
+	Size   int64 // of the chunk
+	Err    error // why it could not be read; nil: it was read and is different
+}
+
+func (d *Damage) Error() string {
+	what := "is not what the set's manifest says"
+	if d.Err != nil {
+		what = fmt.Sprintf("cannot be read (%v)", d.Err)
+	}
+	return fmt.Sprintf("volume %d of %s (%s): file %s: the %d bytes at offset %d: %s. Clean the disc and try again, or get this volume anew; the others are not concerned",
+		d.Volume, d.Set, d.Source, d.File, d.Size, d.At, what)
+}
+
+func (d *Damage) Unwrap() error { return d.Err }
+
+// readChunk reads a chunk and compares it, once more if it is damaged: a drive may
+// do better the second time.
+func readChunk(r io.ReaderAt, at int64, c Chunk, buf []byte) ([]byte, error) {
+	b := buf[:c.Size]
+	var err error
+	for range 2 {
+		var n int
+		if n, err = r.ReadAt(b, at); n < len(b) {
+			continue
+		}
+		if err = nil; fmt.Sprintf("%x", sha256.Sum256(b)) == c.Hash {
+			return b, nil
+		}
+	}
+	if err == nil {
+		return nil, errDiffers
+	}
+	return nil, err
+}
+
+var errDiffers = errors.New("it hashes to something else")
