@@ -10,9 +10,10 @@
 //	keys/<name>.pub            minisign public keys whose signatures count
 //
 // BuildOS makes an operating system image: a Debian tree, turned into the parts
-// of a disk (see provision.Image), cut into frames of provision.FrameSize that
-// are compressed and hashed each on its own and lie one after the other in one
-// pack. Frames of zeros are left out. BuildInitramfs makes what a node boots
+// of a disk (see provision.Image), cut by content into frames that are compressed
+// and hashed each on its own and lie one after the other in one pack. Runs of zeros
+// are left out. An image with a few other packages has most frames of the one before,
+// and the same recipe, lock file and key give the same image, bit for bit. BuildInitramfs makes what a node boots
 // over the network: u-root, platter-node and the drivers of servers.
 // BuildRelease puts together what a stack needs beyond an image: Debian packages,
 // with an index for apt, and container archives (see provision.Release). The refs

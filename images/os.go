@@ -155,7 +155,7 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 		return nil, fmt.Errorf("the new image's %s: %w", versions.File, err)
 	}
 
-	sources, im, err := makeParts(ctx, work.dir, o.Out)
+	sources, im, err := makeParts(ctx, work.dir, r.epoch, o.Out)
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +180,7 @@ func BuildOS(ctx context.Context, o BuildOptions) (*Built, error) {
 }
 
 // recipeVersion changes when the code that turns a recipe into parts does.
-const recipeVersion = "3"
+const recipeVersion = "4"
 
 // inputs is a hash over everything that decides how the image comes out.
 func (o BuildOptions) inputs(r recipe, key secretKey, lock map[string]string) (string, error) {
@@ -188,7 +188,7 @@ func (o BuildOptions) inputs(r recipe, key secretKey, lock map[string]string) (s
 	if err != nil {
 		return "", err
 	}
-	rest, err := json.Marshal([]any{recipeVersion, o.Suite, o.Mirrors, key.ID(), o.Allow})
+	rest, err := json.Marshal([]any{recipeVersion, o.Suite, o.Mirrors, key.ID(), o.Allow, r.epoch.Unix()})
 	if err != nil {
 		return "", err
 	}
@@ -303,6 +303,7 @@ func (o BuildOptions) debootstrap(ctx context.Context, work *scratch, r recipe, 
 	args = append(args, o.Mirrors...)
 
 	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
+	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", r.epoch.Unix()))
 	cmd.Stdout = log
 	// mmdebstrap tells its steps in lines that start with "I: ".
 	steps := &lineWriter{each: func(line string) {

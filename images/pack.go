@@ -1,10 +1,12 @@
 package images
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"os"
 	"runtime"
@@ -53,45 +55,44 @@ func (s *Store) pack(ctx context.Context, sources []source, progress func(done, 
 	var parts []provision.Part
 	for _, src := range sources {
 		part := provision.Part{Name: src.name}
-		err := frames(ctx, src, enc, func(f packedFrame) error {
-			if len(f.packed) > 0 {
-				f.At = w.size
-				if _, err := w.Write(f.packed); err != nil {
-					return fmt.Errorf("pack cannot be written: %w", err)
-				}
-				part.Frames = append(part.Frames, f.Frame)
+		part.Size, err = frames(ctx, src, enc, func(f packedFrame) error {
+			f.At = w.size
+			if _, err := w.Write(f.packed); err != nil {
+				return fmt.Errorf("pack cannot be written: %w", err)
 			}
-			part.Size += int64(f.Size)
-			done += int64(f.Size)
-			progress(done, total)
+			part.Frames = append(part.Frames, f.Frame)
+			progress(done+f.Offset+int64(f.Size), total)
 			return nil
 		})
 		if err != nil {
 			return fail(err)
 		}
+		done += part.Size
+		progress(done, total)
 		parts = append(parts, part)
 	}
 	o, err := w.commit()
 	return o, parts, err
 }
 
-// packedFrame is a frame on its way into the pack; one of zeros has no bytes.
+// packedFrame is a frame on its way into the pack.
 type packedFrame struct {
 	provision.Frame
 	packed []byte
 }
 
-// frames compresses and hashes the frames of src on all cores and hands them to
-// emit in their order. At most two frames for each core are in memory.
-func frames(ctx context.Context, src source, enc *zstd.Encoder, emit func(packedFrame) error) error {
+// frames compresses and hashes the frames of src on all cores, hands them to emit in
+// their order, and returns the size of src. At most three frames for each core are in
+// memory.
+func frames(ctx context.Context, src source, enc *zstd.Encoder, emit func(packedFrame) error) (size int64, err error) {
 	f, err := os.Open(src.path)
 	if err != nil {
-		return fmt.Errorf("part %s cannot be read: %w", src.name, err)
+		return 0, fmt.Errorf("part %s cannot be read: %w", src.name, err)
 	}
 	defer f.Close()
 	// The queue holds one channel for each frame that is being worked on.
 	queue := make(chan chan packedFrame, runtime.GOMAXPROCS(0))
-	var readErr error // set before queue is closed
+	var readErr error // set, as size, before queue is closed
 	ctx, cancel := context.WithCancel(ctx)
 	defer func() { // nobody works on once we have returned
 		cancel()
@@ -101,48 +102,126 @@ func frames(ctx context.Context, src source, enc *zstd.Encoder, emit func(packed
 	}()
 	go func() {
 		defer close(queue)
-		for offset := int64(0); ; offset += provision.FrameSize {
-			raw := make([]byte, provision.FrameSize)
-			n, err := io.ReadFull(f, raw)
-			if ctx.Err() != nil {
-				readErr = ctx.Err()
-				return
+		size, readErr = cut(f, func(offset int64, raw []byte) error {
+			slot := make(chan packedFrame, 1)
+			select {
+			case queue <- slot:
+			case <-ctx.Done():
 			}
-			if n > 0 {
-				slot := make(chan packedFrame, 1)
-				select {
-				case queue <- slot:
-				case <-ctx.Done():
-					readErr = ctx.Err()
-					return
-				}
-				go func() { slot <- packFrame(enc, offset, raw[:n]) }()
+			if ctx.Err() != nil { // also when both were ready
+				close(slot)
+				return ctx.Err()
 			}
-			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				return
-			}
-			if err != nil {
-				readErr = fmt.Errorf("part %s cannot be read at %d: %w", src.name, offset, err)
-				return
-			}
+			go func() { slot <- packFrame(enc, offset, raw) }()
+			return nil
+		})
+		if readErr != nil && ctx.Err() == nil {
+			readErr = fmt.Errorf("part %s cannot be read at %d: %w", src.name, size, readErr)
 		}
 	}()
 	for slot := range queue {
-		if err := emit(<-slot); err != nil {
-			return err
+		f, ok := <-slot
+		if !ok {
+			continue
+		}
+		if err := emit(f); err != nil {
+			return 0, err
 		}
 	}
-	return readErr
+	return size, readErr
 }
 
 func packFrame(enc *zstd.Encoder, offset int64, raw []byte) packedFrame {
-	p := packedFrame{Frame: provision.Frame{Offset: offset, Size: len(raw)}}
-	if allZero(raw) {
-		return p
+	packed := enc.EncodeAll(raw, nil)
+	return packedFrame{packed: packed, Frame: provision.Frame{
+		Offset: offset, Size: len(raw), Packed: len(packed), Hash: hexSum(packed), Raw: hexSum(raw)}}
+}
+
+// A part is cut where its content says so. In ext4 a file that grows moves what lies
+// behind it by whole blocks; with such cuts most frames are still those of the image
+// before, and a site that has them need not get them again. Where the cuts are is what
+// makes equal content equal frames, so this must not change without need:
+//
+//   - behind a block of cutBlock bytes whose CRC-32C (Castagnoli) is less than cutBelow,
+//     when the frame has at least minFrame bytes,
+//   - at provision.FrameSize bytes,
+//   - at a run of at least minHole bytes of zeros, in whole blocks.
+//
+// Blocks of zeros at both ends of a frame are left out.
+//
+// Smaller frames make a larger pack and a smaller difference. The root of Debian 13, 1.0
+// GB, and the same with 45 MB changed in eleven packages and a new initramfs, 32 MB
+// when those files alone are compressed:
+//
+//	cutEvery, minFrame   frames   pack     frames that are new
+//	768, 256 KiB            825   331 MB   52 MB
+//	512, 128 KiB           1285   334 MB   46 MB
+//	256, 128 KiB           2064   338 MB   44 MB
+//	frames of 4 MiB         201   322 MB   all but one
+const (
+	cutBlock = 4096
+	minFrame = 256 << 10
+	minHole  = 64 << 10
+	// cutEvery is how many bytes lie between two blocks that may end a frame, on
+	// average.
+	cutEvery = 768 << 10
+	cutBelow = (1 << 32) / (cutEvery / cutBlock)
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// cut reads r to its end, hands its frames to each, in order, and returns how much it
+// has read. Each frame's bytes are the receiver's to keep.
+func cut(r io.Reader, each func(offset int64, raw []byte) error) (size int64, err error) {
+	in := bufio.NewReaderSize(r, 1<<20)
+	frame := make([]byte, 0, provision.FrameSize) // without zeros at its ends
+	offset, zeros := int64(0), 0                  // where it begins; zeros read since
+	end := func() error {
+		if len(frame) == 0 {
+			return nil
+		}
+		raw := bytes.Clone(frame)
+		frame, zeros = frame[:0], 0
+		return each(offset, raw)
 	}
-	p.packed = enc.EncodeAll(raw, nil)
-	p.Packed, p.Hash, p.Raw = len(p.packed), hexSum(p.packed), hexSum(raw)
-	return p
+	block := make([]byte, cutBlock)
+	for {
+		n, err := io.ReadFull(in, block)
+		switch b := block[:n]; {
+		case allZero(b):
+			if zeros += n; zeros >= minHole || len(frame) == 0 {
+				if err := end(); err != nil {
+					return size, err
+				}
+			}
+		default:
+			if len(frame)+zeros+n > provision.FrameSize {
+				if err := end(); err != nil {
+					return size, err
+				}
+			}
+			if len(frame) == 0 {
+				offset, zeros = size, 0
+			}
+			// Zeros among data, of which there is now more.
+			l := len(frame)
+			frame = frame[:l+zeros]
+			clear(frame[l:])
+			frame, zeros = append(frame, b...), 0
+			if len(frame) >= minFrame && crc32.Checksum(b, castagnoli) < cutBelow {
+				if err := end(); err != nil {
+					return size, err
+				}
+			}
+		}
+		size += int64(n)
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return size, end()
+		}
+		if err != nil {
+			return size, err
+		}
+	}
 }
 
 // allZero compares b with itself, one byte on: bytes.Equal is vectorised.

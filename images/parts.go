@@ -6,11 +6,11 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"platter/provision"
 )
@@ -39,9 +39,9 @@ const (
 	coreSegment    = 0x820
 )
 
-// makeParts turns the tree work/root into the parts of a disk. The manifest it
-// returns lacks name and pack.
-func makeParts(ctx context.Context, work string, out io.Writer) ([]source, *provision.Image, error) {
+// makeParts turns the tree work/root into the parts of a disk; equal trees become
+// equal parts. The manifest it returns lacks name and pack.
+func makeParts(ctx context.Context, work string, date time.Time, out io.Writer) ([]source, *provision.Image, error) {
 	root := filepath.Join(work, "root")
 	extra := filepath.Join(work, "extra")
 	if err := os.Rename(filepath.Join(root, "platter"), extra); err != nil {
@@ -58,8 +58,8 @@ func makeParts(ctx context.Context, work string, out io.Writer) ([]source, *prov
 	}{
 		{provision.PartBoot, func(to string) error { return makeBoot(filepath.Join(extra, "boot"), to) }},
 		{provision.PartBIOS, func(to string) error { return makeBIOS(filepath.Join(extra, "bios"), to) }},
-		{provision.PartESP, func(to string) error { return makeESP(ctx, filepath.Join(extra, "grubx64.efi"), to) }},
-		{provision.PartRoot, func(to string) error { return makeRoot(ctx, root, to) }},
+		{provision.PartESP, func(to string) error { return makeESP(ctx, filepath.Join(extra, "grubx64.efi"), to, date) }},
+		{provision.PartRoot, func(to string) error { return makeRoot(ctx, root, to, date) }},
 	}
 	var sources []source
 	for _, s := range steps {
@@ -143,7 +143,7 @@ func partition(part string) provision.Partition {
 
 // makeESP makes the EFI system partition: the loader under the name that every
 // firmware tries by itself, and under ours for the boot entry.
-func makeESP(ctx context.Context, loader, to string) error {
+func makeESP(ctx context.Context, loader, to string, date time.Time) error {
 	if err := sparse(to, partition(provision.PartESP).Size); err != nil {
 		return err
 	}
@@ -154,67 +154,11 @@ func makeESP(ctx context.Context, loader, to string) error {
 		{"mcopy", "-i", to, loader, "::/EFI/platter/grubx64.efi"},
 		{"fsck.vfat", "-n", to},
 	} {
-		if err := tool(ctx, args...); err != nil {
+		if err := toolAt(ctx, date, args...); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-const (
-	blockSize = 4096
-	// One inode for this many bytes. The default of 16 KiB doubles the inode
-	// tables that a grown file system has to clear.
-	bytesPerInode = 32768
-	journalMiB    = 64
-)
-
-// ext4Features are named one by one, so that every version of mkfs.ext4 makes
-// the same file system. 64bit and resize_inode let it grow while mounted, far
-// beyond 16 TiB; orphan_file and metadata_csum_seed stay off, older GRUBs and
-// kernels refuse them.
-var ext4Features = []string{
-	"none", "has_journal", "ext_attr", "resize_inode", "dir_index", "filetype", "extent", "64bit", "flex_bg",
-	"sparse_super", "large_file", "huge_file", "dir_nlink", "extra_isize", "metadata_csum",
-}
-
-// makeRoot makes an ext4 file system that holds the tree root and little room
-// beside: the installer grows it. Free blocks are zeros and cost nothing.
-func makeRoot(ctx context.Context, root, to string) error {
-	used, err := treeSize(root)
-	if err != nil {
-		return err
-	}
-	// Inode tables and bitmaps come to about one per cent.
-	size := max(used+used/20+(journalMiB+64)<<20, 4*journalMiB<<20)
-	size -= size % (1 << 20)
-	if err := sparse(to, size); err != nil {
-		return err
-	}
-	if err := tool(ctx, "mkfs.ext4", "-q", "-F", "-b", fmt.Sprint(blockSize), "-i", fmt.Sprint(bytesPerInode),
-		"-J", fmt.Sprintf("size=%d", journalMiB), "-m", "1", "-L", "platter-root",
-		"-O", strings.Join(ext4Features, ","), "-E", fmt.Sprintf("resize=%d,lazy_itable_init=1,lazy_journal_init=1", uint32(1<<32-1)),
-		"-d", root, to); err != nil {
-		return err
-	}
-	return tool(ctx, "e2fsck", "-f", "-n", to)
-}
-
-// treeSize is the space that the tree takes in whole blocks.
-func treeSize(root string) (int64, error) {
-	var size int64
-	err := filepath.WalkDir(root, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		size += (info.Size() + blockSize - 1) / blockSize * blockSize
-		return nil
-	})
-	return size, err
 }
 
 func sparse(path string, size int64) error {
@@ -228,9 +172,16 @@ func sparse(path string, size int64) error {
 
 // tool runs one of the file system tools and returns an error that holds what
 // it said.
-func tool(ctx context.Context, args ...string) error {
+func tool(ctx context.Context, args ...string) error { return toolAt(ctx, time.Time{}, args...) }
+
+// toolAt runs a tool to which the time is now, unless now is zero. mtools and e2fsprogs
+// can be told, each in its way.
+func toolAt(ctx context.Context, now time.Time, args ...string) error {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "MTOOLS_SKIP_CHECK=1")
+	if !now.IsZero() {
+		cmd.Env = append(cmd.Env, "TZ=UTC", fmt.Sprintf("SOURCE_DATE_EPOCH=%d", now.Unix()), fmt.Sprintf("E2FSPROGS_FAKE_TIME=%d", now.Unix()))
+	}
 	said, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%s failed: %w\n%s", args[0], err, bytes.TrimSpace(said))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"platter/provision"
 )
@@ -26,6 +29,9 @@ func run(t *testing.T, args ...string) string {
 	}
 	return string(out)
 }
+
+// testDate is when images of tests are made.
+var testDate = time.Unix(1754697600, 0)
 
 // smallTree is a root file system in miniature, with what a copy can lose.
 func smallTree(t *testing.T) string {
@@ -55,7 +61,7 @@ func smallTree(t *testing.T) string {
 func TestRootFileSystem(t *testing.T) {
 	root := smallTree(t)
 	fsImage := filepath.Join(t.TempDir(), "root.part")
-	if err := makeRoot(context.Background(), root, fsImage); err != nil {
+	if err := makeRoot(context.Background(), root, fsImage, testDate); err != nil {
 		t.Fatal(err)
 	}
 	run(t, "e2fsck", "-f", "-n", fsImage)
@@ -81,6 +87,141 @@ func TestRootFileSystem(t *testing.T) {
 	run(t, "e2fsck", "-n", fsImage)
 }
 
+// testFiles makes a tree of files of many sizes in many folders, the same
+// whatever the seed. Nothing else of two such trees is the same: neither the order in
+// which they were written nor any time.
+func testFiles(t *testing.T, seed uint64, at time.Time) string {
+	t.Helper()
+	root := t.TempDir()
+	random := mathrand.NewChaCha8([32]byte{})
+	r := mathrand.New(random)
+	type file struct {
+		name string
+		body []byte
+	}
+	var files []file
+	for i := range 400 {
+		body := make([]byte, r.IntN(100_000))
+		random.Read(body)
+		files = append(files, file{fmt.Sprintf("d%02d/sub%d/f%03d", i%20, i%3, i), body})
+	}
+	mathrand.New(mathrand.NewPCG(seed, 0)).Shuffle(len(files), func(i, j int) { files[i], files[j] = files[j], files[i] })
+	for _, f := range files {
+		path := filepath.Join(root, f.name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, f.body, 0o644), os.Chtimes(path, at, at)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old := testDate.Add(-time.Hour)
+	if err := errors.Join(os.WriteFile(filepath.Join(root, "old"), nil, 0o644), os.Chtimes(filepath.Join(root, "old"), at, old)); err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+// The same files make the same parts, wherever and whenever they were written.
+func TestSamePartsAgain(t *testing.T) {
+	var roots, esps []string
+	loader := filepath.Join(t.TempDir(), "loader")
+	for i, at := range []time.Time{time.Unix(1800000000, 1), time.Unix(1900000000, 123456789)} {
+		roots, esps = append(roots, filepath.Join(t.TempDir(), "root")), append(esps, filepath.Join(t.TempDir(), "esp"))
+		if err := makeRoot(t.Context(), testFiles(t, uint64(i), at), roots[i], testDate); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(os.WriteFile(loader, []byte("loader"), 0o644), os.Chtimes(loader, at, at), makeESP(t.Context(), loader, esps[i], testDate)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(t, "cmp", roots[0], roots[1])
+	run(t, "cmp", esps[0], esps[1])
+	for path, want := range map[string]time.Time{"/": testDate, "/old": testDate.Add(-time.Hour), "/d01": testDate, "/d01/sub1/f001": testDate} {
+		out := run(t, "debugfs", "-R", "stat "+path, roots[0])
+		for _, field := range []string{"ctime", "atime", "mtime", "crtime"} {
+			if at := fmt.Sprintf("%s: 0x%08x:00000000", field, want.Unix()); !strings.Contains(out, at) {
+				t.Errorf("%s has not %s:\n%s", path, at, out)
+			}
+		}
+	}
+	if out := run(t, "mdir", "-i", esps[0], "::/EFI/platter/grubx64.efi"); !strings.Contains(out, testDate.UTC().Format("2006-01-02")) {
+		t.Errorf("the loader is not of %s:\n%s", testDate, out)
+	}
+	left, err := filepath.Glob(roots[0] + "*")
+	if err != nil || len(left) != 1 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// An image with a few other files lacks few frames of the one before.
+func TestFewNewFrames(t *testing.T) {
+	s, _ := testStore(t)
+	tree := testFiles(t, 0, testDate)
+	have, lacks, all := map[string]bool{}, int64(0), int64(0)
+	for i := range 2 {
+		part := filepath.Join(t.TempDir(), "root")
+		if err := makeRoot(t.Context(), tree, part, testDate); err != nil {
+			t.Fatal(err)
+		}
+		_, parts, err := s.pack(t.Context(), []source{{provision.PartRoot, part}}, func(int64, int64) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lacks, all = 0, 0
+		for _, f := range parts[0].Frames {
+			if all += int64(f.Packed); !have[f.Hash] {
+				lacks += int64(f.Packed)
+			}
+			have[f.Hash] = true
+		}
+		if i == 0 {
+			// A new inode, and a file that is longer, before most others.
+			if err := errors.Join(os.WriteFile(filepath.Join(tree, "d01/aaa"), []byte("new"), 0o644),
+				os.WriteFile(filepath.Join(tree, "d02/sub0/f042"), make([]byte, 130_000), 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if lacks == 0 || lacks > all/5 {
+		t.Errorf("two files of 400 are new, and %d of %d bytes", lacks, all)
+	}
+}
+
+// What comes out of the file system is what went in, also a file that has the copies of
+// the superblock in its way, links, long and hard, and attributes.
+func TestRootContents(t *testing.T) {
+	root := smallTree(t)
+	big := filepath.Join(root, "big")
+	f, err := os.Create(big)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 150<<20 + 17
+	for at := int64(0); at < size; at += 1<<20 + 4096 {
+		if _, err := f.WriteAt(fmt.Appendf(nil, "at %d", at), at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(f.Truncate(size), f.Close(), os.Link(big, filepath.Join(root, "same")), os.Symlink(strings.Repeat("/long", 30), filepath.Join(root, "far")),
+		unix.Lsetxattr(filepath.Join(root, "etc/secret"), "trusted.test", []byte("value"), 0)); err != nil {
+		t.Fatal(err)
+	}
+	part, out := filepath.Join(t.TempDir(), "root"), t.TempDir()
+	if err := makeRoot(t.Context(), root, part, testDate); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "e2fsck", "-f", "-n", part)
+	if said := run(t, "debugfs", "-R", "stat /big", part); !strings.Contains(said, "Links: 2") || strings.Count(said, "):") < 2 {
+		t.Errorf("it is in one piece or has not two names:\n%s", said)
+	}
+	if said := run(t, "debugfs", "-R", "ea_get /etc/secret trusted.test", part); !strings.Contains(said, "value") {
+		t.Errorf("attribute: %s", said)
+	}
+	run(t, "debugfs", "-R", "rdump / "+out, part)
+	if err := errors.Join(os.Remove(filepath.Join(root, "fifo")), os.Remove(filepath.Join(out, "lost+found"))); err != nil { // debugfs makes none
+		t.Fatal(err)
+	}
+	run(t, "diff", "-r", "--no-dereference", root, out)
+}
+
 func TestESP(t *testing.T) {
 	dir := t.TempDir()
 	loader := filepath.Join(dir, "grubx64.efi")
@@ -89,7 +230,7 @@ func TestESP(t *testing.T) {
 		t.Fatal(err)
 	}
 	esp := filepath.Join(dir, "esp")
-	if err := makeESP(context.Background(), loader, esp); err != nil {
+	if err := makeESP(context.Background(), loader, esp, testDate); err != nil {
 		t.Fatal(err)
 	}
 	run(t, "fsck.vfat", "-n", esp)
@@ -195,6 +336,14 @@ func TestBuildReused(t *testing.T) {
 	if _, im, err := s.Image("debian-13"); err != nil || im.Pack.Size == 0 {
 		t.Errorf("failed builds have damaged the image: %v", err)
 	}
+	t.Setenv("SOURCE_DATE_EPOCH", "1700000000")
+	if _, err := BuildOS(context.Background(), o); err == nil || !strings.Contains(err.Error(), "npm") {
+		t.Errorf("at another date: %v", err)
+	}
+	t.Setenv("SOURCE_DATE_EPOCH", "today")
+	_, err = BuildOS(context.Background(), o)
+	wantError(t, err, "SOURCE_DATE_EPOCH", "today", "seconds since 1970")
+	os.Unsetenv("SOURCE_DATE_EPOCH")
 	o.Frozen, o.LockFile = true, filepath.Join(dir, "none")
 	_, err = BuildOS(context.Background(), o)
 	wantError(t, err, "nothing to be frozen to")

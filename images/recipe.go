@@ -8,7 +8,9 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 )
 
 //go:embed recipe
@@ -21,8 +23,16 @@ var recipes embed.FS
 //	overlay/          files that lie in the root before any package does
 //	finish            a script that runs in the finished root
 //	web/              what web browsers get from nodes, from npm; may be missing
+//	epoch             the date of all that the build makes, see recipe.epoch
 type recipe struct {
 	files fs.FS
+	// epoch is the date of everything that has none of its own before it: what a
+	// build makes, and packages from later. It is the environment's
+	// SOURCE_DATE_EPOCH (https://reproducible-builds.org/specs/source-date-epoch/),
+	// else the recipe's. It does not follow the packages: a date that changes with
+	// them changes files that would be those of the image before, the largest is
+	// the initramfs.
+	epoch time.Time
 }
 
 // shared files of all recipes
@@ -39,7 +49,19 @@ func openRecipe(name string) (recipe, error) {
 	if err != nil {
 		return recipe{}, fmt.Errorf("there is no recipe for an image called %s: %w", name, err)
 	}
-	return recipe{sub}, nil
+	seconds, ok := os.LookupEnv("SOURCE_DATE_EPOCH")
+	if !ok {
+		l, err := lines(sub, "epoch")
+		if err != nil {
+			return recipe{}, fmt.Errorf("recipe %s: %w", name, err)
+		}
+		seconds = strings.Join(l, " ")
+	}
+	n, err := strconv.ParseUint(seconds, 10, 32)
+	if err != nil {
+		return recipe{}, fmt.Errorf("SOURCE_DATE_EPOCH is %q: it has to be a number of seconds since 1970: %w", seconds, err)
+	}
+	return recipe{sub, time.Unix(int64(n), 0)}, nil
 }
 
 // lines are the lines of a file without comments.

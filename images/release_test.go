@@ -79,7 +79,7 @@ func newReleaseLab(t *testing.T) *releaseLab {
 	if err := os.WriteFile(filepath.Join(root, "var/lib/dpkg/status"), []byte(status), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := makeRoot(t.Context(), root, part); err != nil {
+	if err := makeRoot(t.Context(), root, part, testDate); err != nil {
 		t.Fatal(err)
 	}
 	im := &provision.Image{Format: provision.ImageFormat, Name: "debian-13", Version: "1", Packages: map[string]string{"base": "1.0", "tool": "1.0"}}

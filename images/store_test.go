@@ -7,11 +7,13 @@ import (
 	"crypto/rand"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -208,7 +210,7 @@ func TestBrokenStore(t *testing.T) {
 			trustedKey(t, s)
 		}, []string{"unknown key"}},
 		"no key trusted": {func(t *testing.T, s *Store, _ string, _ *provision.Image) { removeKeys(t, s) },
-			[]string{"no trusted key", "platter image trust"}},
+			[]string{"no key is trusted", "platter image trust"}},
 		"key damaged": {func(t *testing.T, s *Store, _ string, _ *provision.Image) {
 			if err := os.WriteFile(filepath.Join(s.dir, "keys", "bad.pub"), []byte("no key"), 0o644); err != nil {
 				t.Fatal(err)
@@ -367,6 +369,10 @@ func TestPackRoundTrip(t *testing.T) {
 		"zeros but for the first": {one(2*frame, 0), 1},
 		"a hole":                  {append(append(text(frame), make([]byte, 2*frame)...), text(100)...), 2},
 		"a zero tail":             {append(text(frame), make([]byte, 77)...), 1},
+		"the smallest hole":       {slices.Concat(text(4096), make([]byte, 64<<10), text(4096)), 2},
+		"no hole yet":             {slices.Concat(text(4096), make([]byte, 60<<10), text(4096)), 1},
+		"a hole between blocks":   {slices.Concat(text(4097), make([]byte, 64<<10), text(4096)), 1},
+		"zeros over the limit":    {slices.Concat(text(frame-8192), make([]byte, 16384), text(4096)), 2},
 	}
 	s, _ := testStore(t)
 	again, _ := testStore(t)
@@ -396,10 +402,55 @@ func TestPackRoundTrip(t *testing.T) {
 			if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, c.part) {
 				t.Errorf("%s: part %s came back different, %v", name, p.Name, err)
 			}
+			end := int64(0)
+			for _, f := range p.Frames {
+				if f.Offset < end || f.Offset%4096 != 0 || f.Size > frame {
+					t.Errorf("%s: frame of %d bytes at %d, the last one ended at %d", name, f.Size, f.Offset, end)
+				}
+				end = f.Offset + int64(f.Size)
+			}
 			if len(p.Frames) != c.frames || p.Size != int64(len(c.part)) {
 				t.Errorf("%s: %d frames of %d bytes, want %d of %d", name, len(p.Frames), p.Size, c.frames, len(c.part))
 			}
 		}
+	}
+}
+
+// What is put in moves all that lies behind it, and still all frames but those around
+// it are the same. Where frames are cut is fixed for ever: a site has frames of images
+// that were built long ago.
+func TestCutsFollowContent(t *testing.T) {
+	part := make([]byte, 32<<20)
+	mathrand.NewChaCha8([32]byte{}).Read(part)
+	at := func(b []byte) (frames map[string]int64, sizes []int) {
+		frames = map[string]int64{}
+		if n, err := cut(bytes.NewReader(b), func(offset int64, raw []byte) error {
+			frames[hexSum(raw)] = offset
+			sizes = append(sizes, len(raw))
+			return nil
+		}); err != nil || n != int64(len(b)) {
+			t.Fatalf("%d bytes, %v", n, err)
+		}
+		return frames, sizes
+	}
+	before, sizes := at(part)
+	if mean := len(part) / len(sizes); mean < 750<<10 || mean > 1250<<10 || slices.Max(sizes) > provision.FrameSize || slices.Min(sizes[:len(sizes)-1]) < minFrame {
+		t.Errorf("%d frames of %d bytes on average, up to %d", len(sizes), mean, slices.Max(sizes))
+	}
+	if want := []int{516096, 331776, 278528, 3190784}; !slices.Equal(sizes[:4], want) {
+		t.Errorf("the first frames have %v bytes, in all images so far it is %v", sizes[:4], want)
+	}
+	const where = 20<<20 + 4096
+	after, _ := at(slices.Concat(part[:where], bytes.Repeat([]byte{7}, 4096), part[where:]))
+	var lacks []int64
+	for hash, offset := range after {
+		if _, ok := before[hash]; !ok {
+			lacks = append(lacks, offset)
+		}
+	}
+	slices.Sort(lacks)
+	if len(lacks) == 0 || len(lacks) > 2 || lacks[0] > where || lacks[0] < where-provision.FrameSize {
+		t.Errorf("with a block more at %d the frames at %v are new", where, lacks)
 	}
 }
 
@@ -420,7 +471,7 @@ func TestPackIsPlainZstd(t *testing.T) {
 	}
 	defer z.Close()
 	got, err := io.ReadAll(z)
-	want := append(append([]byte(nil), parts["a"]...), append(append([]byte(nil), parts["b"][:provision.FrameSize]...), parts["b"][2*provision.FrameSize:]...)...)
+	want := append(append([]byte(nil), parts["a"]...), append(append([]byte(nil), parts["b"][:4096]...), parts["b"][2*provision.FrameSize:]...)...)
 	if err != nil || !bytes.Equal(got, want) {
 		t.Errorf("stream of %d bytes, want %d: %v", len(got), len(want), err)
 	}

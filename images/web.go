@@ -50,7 +50,7 @@ func (o BuildOptions) web(ctx context.Context, work *scratch, r recipe, log io.W
 	if err != nil {
 		return "", err
 	}
-	hash, err := recipe{part}.digest([]byte(recipeVersion))
+	hash, err := recipe{files: part}.digest([]byte(recipeVersion))
 	if err != nil {
 		return "", err
 	}

@@ -86,7 +86,7 @@ func webBuild(t *testing.T) (BuildOptions, *scratch, *strings.Builder) {
 // rest is not, and no script of a package runs.
 func TestWeb(t *testing.T) {
 	o, work, said := webBuild(t)
-	r := recipe{webRecipe(t, "")}
+	r := recipe{files: webRecipe(t, "")}
 	var log strings.Builder
 	dir, err := o.web(context.Background(), work, r, &log)
 	if err != nil {
@@ -124,17 +124,17 @@ func TestWeb(t *testing.T) {
 		t.Errorf("once more: %s, %v, said %q", again, err, said)
 	}
 	other := webRecipe(t, "sha512-other")
-	_, err = o.web(context.Background(), work, recipe{other}, io.Discard)
+	_, err = o.web(context.Background(), work, recipe{files: other}, io.Discard)
 	wantError(t, err, "image test was not built", "npm", "install Node.js with npm", "apt install npm")
 
 	// What is hashed is all of it, so an image is not reused after a change.
 	one, err1 := o.inputs(r, secretKey{}, nil)
-	two, err2 := o.inputs(recipe{other}, secretKey{}, nil)
+	two, err2 := o.inputs(recipe{files: other}, secretKey{}, nil)
 	if err1 != nil || err2 != nil || one == two {
 		t.Errorf("inputs with another lock file of npm: %s, %s, %v, %v", one, two, err1, err2)
 	}
 
-	plain := recipe{fstest.MapFS{"packages": r.files.(fstest.MapFS)["packages"]}}
+	plain := recipe{files: fstest.MapFS{"packages": r.files.(fstest.MapFS)["packages"]}}
 	if dir, err := o.web(context.Background(), work, plain, io.Discard); dir != "" || err != nil {
 		t.Errorf("a recipe without a web part: %q, %v", dir, err)
 	}
@@ -144,7 +144,7 @@ func TestWeb(t *testing.T) {
 func TestWebRefused(t *testing.T) {
 	o, work, _ := webBuild(t)
 	wrong := sha512.Sum512([]byte("something else"))
-	_, err := o.web(context.Background(), work, recipe{webRecipe(t, "sha512-"+base64.StdEncoding.EncodeToString(wrong[:]))}, io.Discard)
+	_, err := o.web(context.Background(), work, recipe{files: webRecipe(t, "sha512-"+base64.StdEncoding.EncodeToString(wrong[:]))}, io.Discard)
 	wantError(t, err, "image test was not built", "npm could not fetch", "EINTEGRITY")
 
 	modules := t.TempDir()

@@ -1,6 +1,6 @@
 package provision
 
-// FrameSize is the raw size, in bytes, of every frame of a part but its last.
+// FrameSize is the raw size, in bytes, of the largest frame.
 const FrameSize = 4 << 20
 
 // Image is the signed manifest of one operating system image. Every byte of
@@ -45,9 +45,11 @@ type Part struct {
 }
 
 // Frame is the unit that is hashed, compressed and fetched: one zstd frame in
-// the pack that holds at most FrameSize raw bytes.
+// the pack that holds at most FrameSize raw bytes. Where a part is cut into frames its
+// content decides (images.Store), so that images which have much in common have
+// frames in common; Hash tells.
 type Frame struct {
-	Offset int64  `json:"o"` // in the part, raw
+	Offset int64  `json:"o"` // in the part, raw; a multiple of 4096
 	Size   int    `json:"n"` // raw bytes
 	At     int64  `json:"p"` // in the pack
 	Packed int    `json:"z"` // bytes in the pack
