@@ -119,6 +119,9 @@ func BuildInitramfs(ctx context.Context, o InitramfsOptions) (*BootSet, error) {
 	if m.Initramfs, err = o.Store.put(bytes.NewReader(packed)); err != nil {
 		return nil, err
 	}
+	if m.Disc, err = o.discLoaders(work.dir); err != nil {
+		return nil, err
+	}
 	if _, err := o.Store.publish(name, m, inputs, key); err != nil {
 		return nil, err
 	}
@@ -134,7 +137,7 @@ func checkBudget(size int) error {
 }
 
 // initramfsVersion changes when the code that puts an initramfs together does.
-const initramfsVersion = "2"
+const initramfsVersion = "3"
 
 // inputs is a hash over everything that decides how the boot set comes out.
 func (o InitramfsOptions) inputs(image provision.ImageRef, keys []publicKey, key secretKey, commands string) (string, error) {
@@ -288,6 +291,9 @@ func (o InitramfsOptions) extract(ctx context.Context, im *provision.Image, dir 
 		fmt.Sprintf("dump /boot/vmlinuz-%s %s", release, debugfsQuote(filepath.Join(dir, "vmlinuz"))),
 		fmt.Sprintf("dump /boot/grub/local.efi %s", debugfsQuote(filepath.Join(dir, "local.efi"))),
 		fmt.Sprintf("rdump /usr/lib/modules/%s %s", release, debugfsQuote(modules)),
+		fmt.Sprintf("dump /usr/lib/platter/iso/eltorito.img %s", debugfsQuote(filepath.Join(dir, "eltorito.img"))),
+		fmt.Sprintf("dump /usr/lib/platter/iso/boot_hybrid.img %s", debugfsQuote(filepath.Join(dir, "boot_hybrid.img"))),
+		fmt.Sprintf("dump /usr/lib/platter/iso/bootx64.efi %s", debugfsQuote(filepath.Join(dir, "bootx64.efi"))),
 	} {
 		if err := tool(ctx, "debugfs", "-R", request, disk); err != nil {
 			return err
@@ -300,6 +306,21 @@ func (o InitramfsOptions) extract(ctx context.Context, im *provision.Image, dir 
 		}
 	}
 	return nil
+}
+
+// discLoaders stores what makes discs bootable. An image that does not bring it
+// makes nodes, but no discs.
+func (o InitramfsOptions) discLoaders(dir string) (l DiscLoaders, err error) {
+	for name, to := range map[string]*provision.Object{"eltorito.img": &l.ElTorito, "boot_hybrid.img": &l.Hybrid, "bootx64.efi": &l.EFI} {
+		file := filepath.Join(dir, name)
+		if st, err := os.Stat(file); err != nil || st.Size() == 0 {
+			return DiscLoaders{}, nil
+		}
+		if *to, err = o.Store.putFile(file); err != nil {
+			return DiscLoaders{}, err
+		}
+	}
+	return l, nil
 }
 
 func debugfsQuote(s string) string { return `"` + strings.ReplaceAll(s, `"`, `""`) + `"` }

@@ -31,7 +31,7 @@ from a CD, a USB stick or a BMC's virtual media.
 Where a command takes PATH, that is a folder on which a volume is mounted, an ISO
 file, or a drive (/dev/sr0). Discs are only ever read.`,
 	}
-	cmd.AddCommand(discBuildCmd(), discDeltaCmd(), discKeygenCmd(), discLsCmd(), discVerifyCmd(), discImportCmd(), discInventoryCmd())
+	cmd.AddCommand(discBuildCmd(), discDeltaCmd(), discKeygenCmd(), discLsCmd(), discVerifyCmd(), discImportCmd(), discInventoryCmd(), discHostCmd())
 	return cmd
 }
 

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -39,6 +40,7 @@ const defaultIPXE = "/usr/lib/ipxe"
 type serveOptions struct {
 	rack, stack, store, state, socket, ipxe string
 	discs                                   []string
+	interfaces                              map[string]string // the rack file's name -> this machine's
 }
 
 func serveCmd() *cobra.Command {
@@ -67,6 +69,7 @@ socket that systemd or 'platter lab exec --listen' hands over.`,
 	}
 	c.Flags().StringVarP(&o.rack, "config", "c", "", "the rack file")
 	c.MarkFlagRequired("config")
+	c.Flags().StringToStringVar(&o.interfaces, "interface", nil, "use another interface than the rack file names: RACK-FILE'S=THIS-MACHINE'S; may be repeated")
 	withStack(c, &o.stack)
 	c.Flags().StringVar(&o.store, "store", "", "folder of the image store (default "+defaultStore+"; with --disc: in --state)")
 	c.Flags().StringArrayVar(&o.discs, "disc", nil, "serve from this volume of a set: a folder it is mounted on, an ISO file, or a drive; may be repeated")
@@ -82,6 +85,13 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 	rack, _, err := loadRackAndStack(o.rack, o.stack)
 	if err != nil {
 		return err
+	}
+	for from, to := range o.interfaces {
+		i := slices.IndexFunc(rack.Networks, func(n provision.Network) bool { return n.Interface == from })
+		if i < 0 {
+			return fmt.Errorf("--interface %s=%s: the rack file names no interface %s", from, to, from)
+		}
+		rack.Networks[i].Interface = to
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("serve must run as root: DHCP, TFTP and HTTP use ports below 1024. Run it with sudo")

@@ -187,7 +187,7 @@ func (b *builder) bootable(ctx context.Context, root string) ([]string, error) {
 		"-c", catalogFile,
 		"-b", elToritoFile, "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "--grub2-boot-info",
 		"--grub2-mbr", hybrid,
-		"-append_partition", "2", "0xef", efi, "-appended_part_as_gpt",
+		"-append_partition", "2", "0xef", efi,
 		"-eltorito-alt-boot", "-e", "--interval:appended_partition_2:all::", "-no-emul-boot",
 	}, nil
 }

@@ -44,15 +44,16 @@ const (
 )
 
 // Boot is the life of the initramfs, from what the kernel was told to the
-// restart into something else. It returns only with an error or when ctx ends.
+// restart into something else. It returns only with an error, when ctx ends, or for
+// a rescue, which is a shell with the disks left alone.
 func Boot(ctx context.Context, sys System) error {
 	report := client.NewReporter(sys.Console)
 	defer report.Close()
 	err := boot(ctx, sys, report)
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || err == nil {
 		return ctx.Err()
 	}
-	fmt.Fprintf(sys.Console, "\nPLATTER HAS STOPPED\n%v\n\nThe machine asks the disc host again in %s.\n", err, stopWait)
+	fmt.Fprintf(sys.Console, "\nPLATTER HAS STOPPED\n%v\n\nThe machine starts again in %s.\n", err, stopWait)
 	flush, cancel := context.WithTimeout(ctx, stopWait)
 	report.Flush(flush)
 	<-flush.Done()
@@ -83,6 +84,12 @@ func boot(ctx context.Context, sys System, report *client.Reporter) error {
 		return err
 	}
 	defer devices.Close()
+	switch cmdline.Life {
+	case LifeRescue:
+		return nil
+	case LifeDiscHost:
+		return startDiscHost(ctx, cmdline, devices, modules, report.Logf)
+	}
 	efi := mountEFI(modules, report)
 	if err := network(ctx, cmdline, devices, report); err != nil {
 		return err

@@ -17,11 +17,16 @@ type Life string
 const (
 	LifeInstaller Life = "installer"
 	LifeInventory Life = "inventory"
+	// LifeDiscHost and LifeRescue are started from a disc, without a disc host.
+	LifeDiscHost Life = "dischost"
+	LifeRescue   Life = "rescue"
 )
 
-// Cmdline is our part of the kernel command line, written by the boot script.
+// Cmdline is our part of the kernel command line, written by the boot script or
+// by the loader of a disc.
 type Cmdline struct {
 	Life  Life
+	Do    string        // platter.do, of a disc host: another command about the disc than to serve from it
 	URL   string        // platter.url: the node API, https by address
 	Pin   string        // platter.pin: SHA-256 of the CA's key, hex
 	Token string        // platter.token: worth one enrolment
@@ -47,8 +52,15 @@ func ParseCmdline(line string) (Cmdline, error) {
 	bad := func(key, why string) (Cmdline, error) {
 		return Cmdline{}, fmt.Errorf("kernel argument platter.%s %s: start the machine again over the network", key, why)
 	}
-	if c.Life != LifeInstaller && c.Life != LifeInventory {
-		return bad("life", fmt.Sprintf("is %q and neither installer nor inventory", c.Life))
+	switch c.Life {
+	case LifeInstaller, LifeInventory:
+	case LifeDiscHost, LifeRescue:
+		if c.Do = got["platter.do"]; c.Do != "" && c.Do != "verify" {
+			return bad("do", fmt.Sprintf("is %q and not verify", c.Do))
+		}
+		return c, nil
+	default:
+		return bad("life", fmt.Sprintf("is %q and none of installer, inventory, dischost, rescue", c.Life))
 	}
 	u, err := url.Parse(c.URL)
 	if err != nil || u.Scheme != "https" || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {

@@ -1,0 +1,543 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"platter/provision"
+	"platter/provision/rack"
+)
+
+// keepLabel is the label of a file system that a disc host takes its rack file
+// from, and keeps its state on, without being asked.
+const keepLabel = "PLATTER"
+
+// discHostCmd is what a machine runs that was booted from a disc: the installer's
+// early boot starts it. It is for that console.
+func discHostCmd() *cobra.Command {
+	var o discHostOptions
+	c := &cobra.Command{
+		Use: "host --disc PATH", Short: "Serve a rack from the disc that this machine was booted from: asks on its console", Args: cobra.NoArgs,
+		Long: `Turn this machine, which was booted from a disc, into a disc host: find the rack
+file, choose the network interface, choose where the state is kept, and serve.
+
+A rack file (*.yaml) is looked for at the top of every USB stick and disk with a
+FAT or ext4 file system, and in the folder racks of the disc. Nothing is written
+to any of them until one is chosen for the state. Where exactly one file system
+labelled PLATTER has exactly one rack file, and there is no doubt about the
+interface, the machine begins by itself after --wait.
+
+It changes the addresses of this machine's interfaces: it is for machines that do
+nothing else.`,
+		RunE: func(c *cobra.Command, _ []string) error {
+			o.in, o.out, o.err = c.InOrStdin(), c.OutOrStdout(), c.ErrOrStderr()
+			return o.run(c.Context())
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.disc, "disc", "", "where the disc is mounted")
+	f.StringVar(&o.device, "device", "", "the drive that it is in: left out when rack files are looked for")
+	f.DurationVar(&o.wait, "wait", 30*time.Second, "begin by itself after this long, where there is no doubt; 0: always ask")
+	c.MarkFlagRequired("disc")
+	return c
+}
+
+type discHostOptions struct {
+	disc, device string
+	wait         time.Duration
+	in           io.Reader
+	out, err     io.Writer
+}
+
+// machine is what a disc host may choose from.
+type machine struct {
+	nics   []nic
+	places []place
+	racks  []rackFile
+}
+
+type nic struct {
+	name, mac string
+	carrier   bool
+}
+
+// place is a file system that could keep the state.
+type place struct {
+	device, kind, label string
+	size                int64 // bytes
+	dir                 string
+}
+
+// rackFile is one that can be read.
+type rackFile struct {
+	path  string
+	place int // index in places; -1: on the disc
+	rack  *provision.Rack
+}
+
+// choice is what a disc host goes by.
+type choice struct {
+	rack  int
+	nics  []string // for each network of the rack file
+	place int      // where the state is kept; -1: in memory
+}
+
+// propose chooses what there is no doubt about. sure is false where somebody has
+// to be asked.
+func (m machine) propose() (c choice, sure bool) {
+	c, sure = choice{rack: -1, place: -1}, true
+	var keep []int
+	for i, p := range m.places {
+		if p.label == keepLabel {
+			keep = append(keep, i)
+		}
+	}
+	if len(keep) == 1 {
+		c.place = keep[0]
+	} else {
+		sure = false
+	}
+	var here []int
+	for i, r := range m.racks {
+		if c.place >= 0 && r.place == c.place {
+			here = append(here, i)
+		}
+	}
+	switch {
+	case len(here) == 1:
+		c.rack = here[0]
+	case len(m.racks) == 1:
+		c.rack, sure = 0, false
+	default:
+		return c, false
+	}
+	c.nics, sure = m.wires(m.racks[c.rack].rack, sure)
+	return c, sure
+}
+
+// wires finds an interface for each network: the one of the rack file's name, or
+// the only one with a link.
+func (m machine) wires(r *provision.Rack, sure bool) ([]string, bool) {
+	var up []string
+	for _, n := range m.nics {
+		if n.carrier {
+			up = append(up, n.name)
+		}
+	}
+	var out []string
+	for _, nw := range r.Networks {
+		switch {
+		case slices.ContainsFunc(m.nics, func(n nic) bool { return n.name == nw.Interface && n.carrier }):
+			out = append(out, nw.Interface)
+		case len(r.Networks) == 1 && len(up) == 1:
+			out = append(out, up[0])
+		default:
+			out, sure = append(out, ""), false
+		}
+	}
+	return out, sure
+}
+
+func (o discHostOptions) run(ctx context.Context) error {
+	fmt.Fprintf(o.out, "\nThis machine becomes a disc host. Nothing on its disks is changed.\n")
+	m, err := o.look(ctx)
+	if err != nil {
+		return err
+	}
+	ask := &asker{out: o.out, in: bufio.NewReader(o.in)}
+	c, err := o.choose(ctx, &m, ask)
+	if err != nil {
+		return err
+	}
+	return o.serve(ctx, m, c, ask)
+}
+
+// choose asks for what is in doubt, or for all of it when somebody presses a key.
+func (o discHostOptions) choose(ctx context.Context, m *machine, ask *asker) (choice, error) {
+	for {
+		m.show(o.out)
+		c, sure := m.propose()
+		if sure && o.wait > 0 {
+			fmt.Fprintf(o.out, "\nIt begins in %s with %s, on %s, with its state on %s.\nPress Enter to choose something else.\n", o.wait, m.racks[c.rack].path, strings.Join(c.nics, ", "), m.places[c.place].device)
+			pressed, err := ask.pressed(ctx, o.wait)
+			if err != nil || !pressed {
+				return c, err
+			}
+		}
+		if len(m.racks) == 0 {
+			fmt.Fprintf(o.out, "\nThere is no rack file. Plug in a USB stick (FAT or ext4) with one at its top, and press Enter.\n")
+			if _, err := ask.line(ctx); err != nil {
+				return c, err
+			}
+			again, err := o.look(ctx)
+			if err != nil {
+				return c, err
+			}
+			*m = again
+			continue
+		}
+		var err error
+		var names []string
+		for _, r := range m.racks {
+			names = append(names, fmt.Sprintf("%s: rack %s, %d nodes", r.path, r.rack.Name, len(r.rack.Nodes)))
+		}
+		if c.rack, err = ask.one(ctx, "Which rack file?", names, max(c.rack, 0)); err != nil {
+			return c, err
+		}
+		c.nics, _ = m.wires(m.racks[c.rack].rack, true)
+		names = nil
+		for _, n := range m.nics {
+			names = append(names, n.String())
+		}
+		for i, nw := range m.racks[c.rack].rack.Networks {
+			k := slices.IndexFunc(m.nics, func(n nic) bool { return n.name == c.nics[i] })
+			if k, err = ask.one(ctx, fmt.Sprintf("Which interface is wired to the network %s (%s in the rack file)?", nw.Subnet, nw.Interface), names, max(k, 0)); err != nil {
+				return c, err
+			}
+			c.nics[i] = m.nics[k].name
+		}
+		names = []string{"in memory: ALL IS LOST when this machine is switched off, nodes have to be installed again to be looked after"}
+		for _, p := range m.places {
+			names = append(names, fmt.Sprintf("%s, folder platter-state", p))
+		}
+		k, err := ask.one(ctx, "Where is the state kept (journal, the site's keys)?", names, c.place+1)
+		if err != nil {
+			return c, err
+		}
+		c.place = k - 1
+		return c, nil
+	}
+}
+
+func (n nic) String() string {
+	link := "no link"
+	if n.carrier {
+		link = "link"
+	}
+	return fmt.Sprintf("%s %s, %s", n.name, n.mac, link)
+}
+
+func (p place) String() string {
+	label := ""
+	if p.label != "" {
+		label = " labelled " + p.label
+	}
+	return fmt.Sprintf("%s, %s %s%s", p.device, bytesOf(p.size), p.kind, label)
+}
+
+func (m machine) show(w io.Writer) {
+	fmt.Fprintln(w, "\nInterfaces:")
+	for _, n := range m.nics {
+		fmt.Fprintf(w, "  %s\n", n)
+	}
+	fmt.Fprintln(w, "Rack files:")
+	for _, r := range m.racks {
+		fmt.Fprintf(w, "  %s: rack %s, %d nodes\n", r.path, r.rack.Name, len(r.rack.Nodes))
+	}
+}
+
+// look finds what this machine has. All file systems are mounted to be read.
+func (o discHostOptions) look(ctx context.Context) (m machine, err error) {
+	if m.nics, err = nics(ctx, 10*time.Second); err != nil {
+		return m, err
+	}
+	dirs, err := filepath.Glob("/sys/class/block/*")
+	if err != nil {
+		return m, err
+	}
+	for _, dir := range dirs {
+		name := filepath.Base(dir)
+		device := "/dev/" + name
+		if strings.HasPrefix(device, o.device) && o.device != "" || strings.HasPrefix(name, "ram") || strings.HasPrefix(name, "loop") {
+			continue
+		}
+		p := place{device: device, dir: filepath.Join("/run/platter/look", name)}
+		if p.kind, p.label, err = fileSystem(device); err != nil || p.kind == "" {
+			continue
+		}
+		if err := mountPlace(p, unix.MS_RDONLY); err != nil {
+			fmt.Fprintf(o.out, "%s cannot be mounted: %v\n", device, err)
+			continue
+		}
+		sectors, _ := os.ReadFile(filepath.Join(dir, "size"))
+		n, _ := strconv.ParseInt(strings.TrimSpace(string(sectors)), 10, 64)
+		p.size = n * 512
+		m.places = append(m.places, p)
+		m.find(p.dir, len(m.places)-1, o.out)
+	}
+	m.find(filepath.Join(o.disc, "racks"), -1, o.out)
+	return m, nil
+}
+
+// find reads the rack files in a folder.
+func (m *machine) find(dir string, place int, w io.Writer) {
+	files, _ := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	for _, f := range files {
+		r, err := rack.Load(f)
+		if err != nil {
+			if text, _ := os.ReadFile(f); bytes.Contains(text, []byte("nodes:")) {
+				fmt.Fprintf(w, "%s is no rack file that can be used:\n%v\n", f, err)
+			}
+			continue
+		}
+		m.racks = append(m.racks, rackFile{f, place, r})
+	}
+}
+
+// nics brings up every interface that is a real device and waits for links.
+func nics(ctx context.Context, patience time.Duration) (out []nic, err error) {
+	for end := time.Now().Add(patience); ; {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return nil, fmt.Errorf("network interfaces cannot be listed: %w", err)
+		}
+		out = nil
+		all := true
+		for _, l := range links {
+			a := l.Attrs()
+			if _, err := os.Stat(filepath.Join("/sys/class/net", a.Name, "device")); err != nil {
+				continue
+			}
+			if a.Flags&net.FlagUp == 0 {
+				if err := netlink.LinkSetUp(l); err != nil {
+					return nil, fmt.Errorf("interface %s cannot be brought up: %w", a.Name, err)
+				}
+			}
+			up := a.OperState == netlink.OperUp || a.OperState == netlink.OperUnknown && a.Flags&net.FlagRunning != 0
+			all = all && up
+			out = append(out, nic{a.Name, a.HardwareAddr.String(), up})
+		}
+		if len(out) > 0 && all || time.Now().After(end) {
+			return out, nil
+		}
+		if err := provision.Sleep(ctx, 300*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// fileSystem tells what a device holds by its superblock: ext4 (its magic number
+// is at 0x438, its label at 0x478) or FAT (0x36 or 0x52, the label before it).
+// kind is empty for anything else.
+func fileSystem(device string) (kind, label string, err error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return "", "", err
+	}
+	defer f.Close()
+	b := make([]byte, 2048)
+	if _, err := io.ReadFull(f, b); err != nil {
+		return "", "", err
+	}
+	text := func(at, n int) string { return strings.TrimRight(string(bytes.TrimRight(b[at:at+n], "\x00")), " ") }
+	switch {
+	case b[0x438] == 0x53 && b[0x439] == 0xef:
+		return "ext4", text(0x478, 16), nil
+	case bytes.HasPrefix(b[0x52:], []byte("FAT32")):
+		return "vfat", text(0x47, 11), nil
+	case bytes.HasPrefix(b[0x36:], []byte("FAT")):
+		return "vfat", text(0x2b, 11), nil
+	}
+	return "", "", nil
+}
+
+// mountPlace mounts a file system for root alone. Reading an ext4 file system
+// leaves its journal as it is.
+func mountPlace(p place, flags uintptr) error {
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return err
+	}
+	options := "umask=0077,quiet"
+	if p.kind == "ext4" {
+		options = ""
+		if flags&unix.MS_RDONLY != 0 {
+			options = "noload"
+		}
+	}
+	return unix.Mount(p.device, p.dir, p.kind, flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options)
+}
+
+// serve gives the interfaces their addresses and serves the rack, with the
+// nodes' progress on the console.
+func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *asker) error {
+	r := m.racks[c.rack]
+	state := "/run/platter/state"
+	if c.place >= 0 {
+		p := m.places[c.place]
+		if err := unix.Unmount(p.dir, 0); err != nil {
+			return fmt.Errorf("%s is in use: %w", p.device, err)
+		}
+		if err := mountPlace(p, unix.MS_SYNCHRONOUS); err != nil {
+			return fmt.Errorf("%s cannot be mounted to be written to, is it write-protected? %w", p.device, err)
+		}
+		state = filepath.Join(p.dir, "platter-state")
+	} else {
+		fmt.Fprintf(o.out, "\nWARNING: the state is in memory. When this machine is switched off, the site's keys are lost with it.\n")
+	}
+	if err := os.MkdirAll(state, 0o700); err != nil {
+		return fmt.Errorf("the state cannot be kept in %s: %w", state, err)
+	}
+	so := serveOptions{rack: r.path, state: state, socket: defaultSocket, discs: []string{o.disc}, interfaces: map[string]string{}}
+	if lo, err := netlink.LinkByName("lo"); err == nil {
+		netlink.LinkSetUp(lo)
+	}
+	for i, nw := range r.rack.Networks {
+		link, err := netlink.LinkByName(c.nics[i])
+		if err != nil {
+			return fmt.Errorf("interface %s: %w", c.nics[i], err)
+		}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: nw.DiscHost.AsSlice(), Mask: net.CIDRMask(nw.Subnet.Bits(), 32)}}
+		if err := netlink.AddrReplace(link, addr); err != nil {
+			return fmt.Errorf("interface %s cannot be given the address %s: %w", c.nics[i], nw.DiscHost, err)
+		}
+		so.interfaces[nw.Interface] = c.nics[i]
+	}
+	log, err := os.OpenFile(filepath.Join(state, "serve.log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("the state cannot be kept in %s: %w", state, err)
+	}
+	defer log.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g.Go(func() error {
+		defer cancel()
+		return serve(ctx, so, slog.New(slog.NewTextHandler(log, nil)))
+	})
+	g.Go(func() error { return o.console(ctx, ask, cancel) })
+	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// console shows the nodes, and gives a shell to who asks for it.
+func (o discHostOptions) console(ctx context.Context, ask *asker, stop func()) error {
+	for { // until the socket is there
+		if c, err := net.Dial("unix", defaultSocket); err == nil {
+			c.Close()
+			break
+		}
+		if err := provision.Sleep(ctx, 200*time.Millisecond); err != nil {
+			return nil
+		}
+	}
+	fmt.Fprintf(o.out, "\nServing. Power the nodes on. 's' and Enter: a shell, with the command platter; 'q' and Enter: stop serving.\n\n")
+	// Lines rather than a picture: questions and answers come in between.
+	go run(ctx, []string{"watch", "--until", "ready", "--stall", "24h"}, nil, plainWriter{o.out}, o.out)
+	for {
+		line, err := ask.line(ctx)
+		if err != nil {
+			<-ctx.Done()
+			return nil
+		}
+		switch line {
+		case "q":
+			stop()
+			return nil
+		case "s":
+			fmt.Fprintln(o.out, "A shell. It ends with 'exit'; the rack is served meanwhile.")
+			sh := exec.CommandContext(ctx, "/bin/gosh")
+			sh.Stdin, sh.Stdout, sh.Stderr = os.Stdin, o.out, o.err
+			if err := sh.Run(); err != nil {
+				fmt.Fprintf(o.out, "the shell ended: %v\n", err)
+			}
+		}
+	}
+}
+
+// plainWriter is no terminal.
+type plainWriter struct{ io.Writer }
+
+// asker asks people on a console. It reads no further than the line that was
+// asked for: the rest is for the shell.
+type asker struct {
+	out     io.Writer
+	in      *bufio.Reader
+	pending chan answer // of a line that is being waited for
+}
+
+type answer struct {
+	line string
+	err  error
+}
+
+func (a *asker) ask() <-chan answer {
+	if a.pending == nil {
+		pending := make(chan answer, 1)
+		a.pending = pending
+		go func() {
+			l, err := a.in.ReadString('\n')
+			pending <- answer{strings.TrimSpace(l), err}
+		}()
+	}
+	return a.pending
+}
+
+func (a *asker) line(ctx context.Context) (string, error) {
+	select {
+	case got := <-a.ask():
+		a.pending = nil
+		if got.err != nil {
+			return "", fmt.Errorf("nobody can be asked, the console is gone: %w", got.err)
+		}
+		return got.line, nil
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+}
+
+// pressed tells whether somebody presses Enter within d.
+func (a *asker) pressed(ctx context.Context, d time.Duration) (bool, error) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case got := <-a.ask():
+		a.pending = nil
+		return got.err == nil, nil
+	case <-t.C:
+		return false, nil
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
+}
+
+// one has people choose one of several; Enter takes the default.
+func (a *asker) one(ctx context.Context, question string, of []string, preset int) (int, error) {
+	for {
+		fmt.Fprintf(a.out, "\n%s\n", question)
+		for i, text := range of {
+			fmt.Fprintf(a.out, "  %d  %s\n", i+1, text)
+		}
+		fmt.Fprintf(a.out, "[%d] ", preset+1)
+		l, err := a.line(ctx)
+		if err != nil {
+			return 0, err
+		}
+		if l == "" {
+			return preset, nil
+		}
+		if n, err := strconv.Atoi(l); err == nil && n >= 1 && n <= len(of) {
+			return n - 1, nil
+		}
+		fmt.Fprintf(a.out, "%q is none of 1 to %d.\n", l, len(of))
+	}
+}
