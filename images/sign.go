@@ -195,7 +195,7 @@ func (k secretKey) sign(raw []byte, name string) []byte {
 // verify accepts raw if one of keys made sig for it.
 func verify(keys []publicKey, raw, sig []byte) error {
 	if len(keys) == 0 {
-		return errors.New("no key is trusted: add one with 'platter image trust'")
+		return errors.New("there is no trusted key: add one with 'platter image trust'")
 	}
 	var parsed minisign.Signature
 	if err := parsed.UnmarshalText(sig); err != nil {
