@@ -210,7 +210,7 @@ func TestBrokenStore(t *testing.T) {
 			trustedKey(t, s)
 		}, []string{"unknown key"}},
 		"no key trusted": {func(t *testing.T, s *Store, _ string, _ *provision.Image) { removeKeys(t, s) },
-			[]string{"no key is trusted", "platter image trust"}},
+			[]string{"no trusted key", "platter image trust"}},
 		"key damaged": {func(t *testing.T, s *Store, _ string, _ *provision.Image) {
 			if err := os.WriteFile(filepath.Join(s.dir, "keys", "bad.pub"), []byte("no key"), 0o644); err != nil {
 				t.Fatal(err)
