@@ -25,7 +25,8 @@ type testImage struct {
 	raw      map[string][]byte
 }
 
-// makeImage packs the parts in frames of frameSize, leaving frames of zeros out.
+// makeImage packs the parts in frames of at most frameSize, leaving blocks of zeros at
+// both ends of a frame out.
 func makeImage(t testing.TB, frameSize int, parts map[string][]byte) testImage {
 	t.Helper()
 	enc, err := zstd.NewWriter(nil)
@@ -42,12 +43,18 @@ func makeImage(t testing.TB, frameSize int, parts map[string][]byte) testImage {
 		}
 		p := provision.Part{Name: name, Size: int64(len(raw))}
 		for off := 0; off < len(raw); off += frameSize {
-			b := raw[off:min(off+frameSize, len(raw))]
-			if zero(b) {
+			b, from := raw[off:min(off+frameSize, len(raw))], off
+			for len(b) >= directAlign && zero(b[:directAlign]) {
+				b, from = b[directAlign:], from+directAlign
+			}
+			for len(b) > 0 && zero(b[(len(b)-1)&^(directAlign-1):]) {
+				b = b[:(len(b)-1)&^(directAlign-1)]
+			}
+			if len(b) == 0 {
 				continue
 			}
 			packed := enc.EncodeAll(b, nil)
-			p.Frames = append(p.Frames, provision.Frame{Offset: int64(off), Size: len(b), At: int64(len(im.pack)),
+			p.Frames = append(p.Frames, provision.Frame{Offset: int64(from), Size: len(b), At: int64(len(im.pack)),
 				Packed: len(packed), Hash: hash(packed), Raw: hash(b)})
 			im.pack = append(im.pack, packed...)
 		}
@@ -73,8 +80,8 @@ func smallImage(t testing.TB, seed uint64) testImage {
 	return makeImage(t, 64<<10, map[string][]byte{
 		provision.PartBoot: pattern(seed, 440, 0, 0),
 		provision.PartBIOS: pattern(seed+1, 30*512, 0, 0),
-		provision.PartESP:  pattern(seed+2, mib, 256<<10, 512<<10),
-		provision.PartRoot: pattern(seed+3, mib+300, 128<<10, 600<<10),
+		provision.PartESP:  pattern(seed+2, mib, 260<<10, 500<<10),
+		provision.PartRoot: pattern(seed+3, mib+300, 188<<10, 600<<10),
 	})
 }
 
