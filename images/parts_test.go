@@ -189,6 +189,7 @@ func TestFewNewFrames(t *testing.T) {
 // the superblock in its way, links, long and hard, and attributes.
 func TestRootContents(t *testing.T) {
 	root := smallTree(t)
+	netRaw := append([]byte{1, 0, 0, 2, 0, 0x20}, make([]byte, 14)...) // as ping has it (capabilities(7), struct vfs_cap_data)
 	big := filepath.Join(root, "big")
 	f, err := os.Create(big)
 	if err != nil {
@@ -201,7 +202,7 @@ func TestRootContents(t *testing.T) {
 		}
 	}
 	if err := errors.Join(f.Truncate(size), f.Close(), os.Link(big, filepath.Join(root, "same")), os.Symlink(strings.Repeat("/long", 30), filepath.Join(root, "far")),
-		unix.Lsetxattr(filepath.Join(root, "etc/secret"), "trusted.test", []byte("value"), 0)); err != nil {
+		unix.Lsetxattr(filepath.Join(root, "etc/secret"), "security.capability", netRaw, 0)); err != nil {
 		t.Fatal(err)
 	}
 	part, out := filepath.Join(t.TempDir(), "root"), t.TempDir()
@@ -212,7 +213,7 @@ func TestRootContents(t *testing.T) {
 	if said := run(t, "debugfs", "-R", "stat /big", part); !strings.Contains(said, "Links: 2") || strings.Count(said, "):") < 2 {
 		t.Errorf("it is in one piece or has not two names:\n%s", said)
 	}
-	if said := run(t, "debugfs", "-R", "ea_get /etc/secret trusted.test", part); !strings.Contains(said, "value") {
+	if said := run(t, "debugfs", "-R", "ea_get -x /etc/secret security.capability", part); !strings.Contains(said, fmt.Sprintf("% x", netRaw)) {
 		t.Errorf("attribute: %s", said)
 	}
 	run(t, "debugfs", "-R", "rdump / "+out, part)
