@@ -19,6 +19,10 @@
 // with an index for apt, and container archives (see provision.Release). The refs
 // stack@VERSION name releases, stack the newest.
 //
+// Import makes such an image of a system that somebody else built, and says what
+// that lacks. What it reads is never trusted: links and names of its tree do not
+// lead out of the scratch folder, and qemu-img gets no image that names other files.
+//
 // Signatures are minisign's (https://jedisct1.github.io/minisign/), so that
 // anybody can check an image without Platter.
 package images

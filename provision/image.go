@@ -1,5 +1,10 @@
 package provision
 
+import (
+	"fmt"
+	"slices"
+)
+
 // FrameSize is the raw size, in bytes, of the largest frame.
 const FrameSize = 4 << 20
 
@@ -11,7 +16,7 @@ type Image struct {
 	Name    string `json:"name"`   // for example debian-13
 	Version string `json:"version"`
 	Arch    string `json:"arch"`   // amd64
-	Family  string `json:"family"` // debian
+	Family  string `json:"family"` // FamilyDebian, FamilyRHEL, or what another system calls itself
 	Kernel  string `json:"kernel"` // release as uname -r prints it
 	// Pack is the object that holds all frames, one after the other.
 	Pack Object `json:"pack"`
@@ -19,6 +24,54 @@ type Image struct {
 	Parts []Part `json:"parts"`
 	// Packages maps a package to its exact version.
 	Packages map[string]string `json:"packages"`
+	// Origin is the file that the image was imported from; empty where Platter
+	// built it.
+	Origin string `json:"origin,omitempty"`
+	// Extras are the files that Platter's own build puts into an image and that
+	// an imported one has too, ExtraEjabberd among them.
+	Extras []string `json:"extras,omitempty"`
+}
+
+// ExtraEjabberd is the part of ejabberd that is Platter's and of no package.
+const ExtraEjabberd = "usr/lib/platter/erlang/mod_platter_archive.beam"
+
+// Families of systems: what their packages are.
+const (
+	FamilyDebian = "debian" // .deb
+	FamilyRHEL   = "rhel"   // .rpm; CentOS, Rocky, openEuler, Kylin and others
+)
+
+// Misfits says why nodes with this image cannot run these components; nil
+// where they can, as far as its list of packages tells. Images that Platter
+// built are not judged: they are built for the stack.
+func (im *Image) Misfits(components []PlacedComponent) (wrong []string) {
+	if im.Origin == "" && (im.Family == "" || im.Family == FamilyDebian) {
+		return nil
+	}
+	for _, c := range components {
+		if len(c.Members) == 0 {
+			continue
+		}
+		if c.Kind != KindPackages {
+			if im.Packages["podman"] == "" && len(im.Packages) > 0 {
+				wrong = append(wrong, fmt.Sprintf("component %s is run by podman, which the image %s does not have", c.Name, im.Name))
+			}
+			continue
+		}
+		if im.Family != FamilyDebian {
+			wrong = append(wrong, fmt.Sprintf("component %s comes as Debian packages, and the image %s is of the family %s", c.Name, im.Name, im.Family))
+			continue
+		}
+		if c.Member == MemberEjabberd && !slices.Contains(im.Extras, ExtraEjabberd) {
+			wrong = append(wrong, fmt.Sprintf("component %s needs /%s, which the image %s does not have: only 'platter image build' puts it there", c.Name, ExtraEjabberd, im.Name))
+		}
+		for _, p := range c.Packages {
+			if im.Packages[p.Name] == "" {
+				wrong = append(wrong, fmt.Sprintf("component %s needs the package %s, which the image %s does not have", c.Name, p.Name, im.Name))
+			}
+		}
+	}
+	return wrong
 }
 
 const (

@@ -21,7 +21,7 @@ func imageCmd() *cobra.Command {
 	}
 	dir := cmd.PersistentFlags().String("store", "/var/lib/platter/store", "folder of the image store")
 	open := func() (*images.Store, error) { return images.Open(*dir) }
-	cmd.AddCommand(imageBuildCmd(open), imageInitramfsCmd(open), imageKeygenCmd(open), imageTrustCmd(open), imageListCmd(open), imageVerifyCmd(open), imageExportCmd(open))
+	cmd.AddCommand(imageBuildCmd(open), imageImportCmd(open), imageInitramfsCmd(open), imageKeygenCmd(open), imageTrustCmd(open), imageListCmd(open), imageVerifyCmd(open), imageExportCmd(open))
 	return cmd
 }
 

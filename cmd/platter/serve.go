@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -105,8 +106,12 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	if _, _, err := imgs.Image(rack.Image); err != nil {
+	_, im, err := imgs.Image(rack.Image)
+	if err != nil {
 		return err
+	}
+	if wrong := im.Misfits(rack.Stack.Components); len(wrong) > 0 {
+		return fmt.Errorf("the image of %s does not go with the stack, nothing was started:\n  %s\nserve another stack with --stack, or name another image in the rack file", o.rack, strings.Join(wrong, "\n  "))
 	}
 	if _, err := imgs.Boot("amd64"); err != nil {
 		return err

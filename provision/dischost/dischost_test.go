@@ -61,9 +61,10 @@ const mac1, mac2, mac3, mac9 = provision.MAC("52:54:00:00:00:01"), provision.MAC
 
 // fakeImages is an image store that a test can empty.
 type fakeImages struct {
-	mu   sync.Mutex
-	err  error
-	list []provision.StoredRelease
+	mu    sync.Mutex
+	err   error
+	image provision.Image
+	list  []provision.StoredRelease
 }
 
 func (f *fakeImages) set(err error) { f.mu.Lock(); defer f.mu.Unlock(); f.err = err }
@@ -71,7 +72,9 @@ func (f *fakeImages) set(err error) { f.mu.Lock(); defer f.mu.Unlock(); f.err = 
 func (f *fakeImages) Image(name string) (provision.ImageRef, *provision.Image, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return provision.ImageRef{Name: name, Digest: strings.Repeat("ab", 32)}, &provision.Image{Name: name}, f.err
+	im := f.image
+	im.Name = name
+	return provision.ImageRef{Name: name, Digest: strings.Repeat("ab", 32)}, &im, f.err
 }
 
 func (f *fakeImages) Boot(arch string) (images.BootSet, error) {
@@ -797,6 +800,20 @@ func TestUnknownMachinesAreBounded(t *testing.T) {
 	}
 	if args(l.boot(mac9, "10.9.0.100"))["token"] == "" || args(l.boot(mac1, "10.9.0.11"))["token"] == "" {
 		t.Fatal("listed machines and nodes are shut out too")
+	}
+}
+
+// An image that cannot run the stack installs on no node.
+func TestImageUnfit(t *testing.T) {
+	l := newLab(t, 1, func(l *lab) {
+		l.images.image = provision.Image{Family: provision.FamilyRHEL, Origin: "rocky.qcow2"}
+		l.rack.Stack.Components = []provision.PlacedComponent{{Component: provision.Component{Name: "etcd", Kind: provision.KindPackages}, Members: []string{"node1"}}}
+	})
+	if script := l.boot(mac1, "10.9.0.11"); args(script)["token"] != "" || !strings.Contains(script, "of the family rhel") {
+		t.Fatal(script)
+	}
+	if s := l.node("node1"); s.Stage != provision.StageFailed || s.Failure.Code != "image-unfit" || !strings.Contains(s.Failure.Message, "component etcd") || !s.GrantOpen {
+		t.Fatalf("%+v", s)
 	}
 }
 

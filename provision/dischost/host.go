@@ -2,6 +2,7 @@ package dischost
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -152,9 +153,13 @@ func (h *Host) bootInstall(ctx context.Context, req pxe.BootRequest, st provisio
 	if !ok {
 		return req.Wait(st.Name + " has left the rack file")
 	}
-	ref, _, err := h.Images.Image(h.Rack.Image)
+	ref, im, err := h.Images.Image(h.Rack.Image)
 	if err != nil {
 		return h.cannotInstall(ctx, req, st, "image-unusable", err, fmt.Sprintf("Run 'platter image ls' on the disc host and build or import %s; the machine asks again by itself.", h.Rack.Image))
+	}
+	// serve has looked too; an image may be replaced while it runs.
+	if wrong := im.Misfits(h.Rack.Stack.Components); len(wrong) > 0 {
+		return h.cannotInstall(ctx, req, st, "image-unfit", errors.New(strings.Join(wrong, "; ")), "Import an image that has what is missing, or start the disc host with another stack or image; the machine asks again by itself.")
 	}
 	set, err := h.Images.Boot(imageArch(req.Arch))
 	if err != nil {

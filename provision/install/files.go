@@ -100,6 +100,7 @@ func (f Files) Write(dir string) error {
 		t.write("etc/hostname", 0o644, f.Plan.Node+"\n"),
 		t.write("etc/hosts", 0o644, f.hosts()),
 		t.write("etc/systemd/network/10-platter.network", 0o644, f.network()),
+		f.networkManager(t),
 		t.write("etc/fstab", 0o644, f.fstab()),
 		t.write("boot/grub/platter.cfg", 0o644, "# Written by the installer.\nset platter_args=\""+grubQuote(f.Kernelargs())+"\"\n"),
 		t.write("etc/ssh/sshd_config.d/10-platter.conf", 0o644, sshdConfig),
@@ -157,6 +158,45 @@ Address=%s
 	}
 	b.WriteString("DHCP=no\nIPv6AcceptRA=no\nLinkLocalAddressing=no\nConfigureWithoutCarrier=yes\n")
 	return b.String()
+}
+
+// networkManager configures the node's address for a system whose network is
+// NetworkManager's (nm-settings-keyfile(5)): one that has it and does not
+// start systemd-networkd.
+func (f Files) networkManager(t tree) error {
+	if _, err := t.Lstat("usr/sbin/NetworkManager"); err != nil {
+		return nil
+	}
+	if _, err := t.Lstat("etc/systemd/system/multi-user.target.wants/systemd-networkd.service"); err == nil {
+		return nil
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, `# Written by Platter from the rack file.
+[connection]
+id=platter
+type=ethernet
+autoconnect-priority=999
+
+[ethernet]
+mac-address=%s
+
+[ipv4]
+method=manual
+address1=%s
+`, f.Plan.Net.MAC, f.Plan.Net.Address)
+	if f.Plan.Net.Gateway.IsValid() {
+		fmt.Fprintf(&b, "gateway=%s\n", f.Plan.Net.Gateway)
+	}
+	if len(f.Plan.Net.DNS) > 0 {
+		b.WriteString("dns=")
+		for _, a := range f.Plan.Net.DNS {
+			fmt.Fprintf(&b, "%s;", a)
+		}
+		b.WriteString("\n")
+	}
+	b.WriteString("\n[ipv6]\nmethod=disabled\n")
+	// It takes no connection that others can read.
+	return t.write("etc/NetworkManager/system-connections/platter.nmconnection", 0o600, b.String())
 }
 
 func (f Files) keys(t tree) error {
