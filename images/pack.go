@@ -158,6 +158,9 @@ func packFrame(enc *zstd.Encoder, offset int64, raw []byte) packedFrame {
 //	512, 128 KiB           1285   334 MB   46 MB
 //	256, 128 KiB           2064   338 MB   44 MB
 //	frames of 4 MiB         201   322 MB   all but one
+//
+// A real update of Debian 13, 41 packages without the kernel, OpenSSL, Erlang and
+// PostgreSQL among them: 54 of 332 MB are new.
 const (
 	cutBlock = 4096
 	minFrame = 256 << 10
