@@ -9,12 +9,14 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 STORE       := build/store
 KEY         := build/keys/image.key
 BOOTS       ?= 50
+VOLUME_SIZE ?= dvd
 export CGO_ENABLED = 0
 
 # Debian packages: what the disc host, the image build and the lab use, what the
 # tests use as peers and judges, and what the bench's floor is made of.
 PACKAGES := curl e2fsprogs dosfstools mtools zstd xz-utils iproute2 openssh-client netbase \
 	ipxe mmdebstrap debian-archive-keyring gpg arch-test \
+	xorriso \
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
 TEST_PACKAGES := systemd dbus-daemon fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium libnss3-tools nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
 BENCH_PACKAGES := kexec-tools cpio busybox-static
@@ -72,6 +74,23 @@ image: deps build $(KEY) ## build the OS image and the installer's initramfs int
 release: image ## build the release of the built-in stack into build/store, for nodes that are to change to it
 	bin/platter stack build --store $(STORE) --key $(KEY) --lock images/stack.lock --work build/image
 
+# The programs that come with a set know its public key.
+build/programs/platter: $(SOURCES) go.mod go.sum $(KEY)
+	@mkdir -p $(@D)
+	$(GO) build -trimpath -ldflags="-s -w -X platter/images.VendorKey=$$(tail -1 $(KEY).pub)" -o $@ ./cmd/platter
+
+build/programs/platter-node: bin/platter-node
+	@mkdir -p $(@D)
+	cp $< $@
+
+.PHONY: disc
+disc: release build/programs/platter build/programs/platter-node ## build the default set of discs into build/disc; VOLUME_SIZE=cd|dvd|bd|N
+	bin/platter disc build -f images/disc/default.yaml -o build/disc --volume-size $(VOLUME_SIZE) --store $(STORE) --key $(KEY) --platter build/programs/platter --node build/programs/platter-node
+
+.PHONY: disc-demo
+disc-demo: disc ## a VM that boots from the disc installs blank VMs, ending with a delivered message
+	PLATTER_DISC=$(CURDIR)/build/disc $(GO) test -tags e2e -timeout 60m -v -run 'TestDisc' ./vmtest
+
 .PHONY: demo
 demo: image ## two blank VMs become an IM cluster, ending with a delivered message
 	vmtest/demo/run.sh up
@@ -98,9 +117,9 @@ e2e: image build/.test-deps ## racks of VMs and of boxes, side by side: boxes wa
 	$(MAKE) -j2 vms boxes
 
 .PHONY: vms
-vms: image build/.test-deps ## racks of VMs from power-on to a chat message, and a prepared host
+vms: image build/.test-deps build/programs/platter build/programs/platter-node ## VMs: a disc that boots, a rack from power-on to a chat message, a prepared host
 	$(GO) test -tags e2e -timeout 50m -v -run 'TestRefus|TestServe|TestHost' ./vmtest
-	$(GO) test -tags e2e -timeout 50m -v -run 'TestRack' ./vmtest # last: it wants both cores
+	$(GO) test -tags e2e -timeout 50m -v -parallel 2 -run 'TestRack|TestDisc' ./vmtest # last: they want both cores
 
 .PHONY: boxes
 boxes: image build/.test-deps ## the service on the image's own systemd in namespaces, and clusters of real ejabberd

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"regexp"
 
 	"platter/provision"
@@ -34,6 +35,10 @@ type Machine struct {
 	CPUs     int           `json:"cpus"`
 	Memory   int64         `json:"memory"` // bytes, whole MiB
 	Disks    []Disk        `json:"disks"`  // may be empty
+	// Media are files that the machine boots from before anything else: *.iso in a
+	// CD drive, others as disks, such as an image of a USB stick, which it may write
+	// to. Absolute paths.
+	Media []string `json:"media,omitempty"`
 }
 
 // Disk is a virtio disk; it is blank when it is first seen.
@@ -94,7 +99,7 @@ func Parse(name string, data []byte) (Config, error) {
 	list := top["machines"].Required()
 	seen := map[string]int{}
 	for _, v := range list.List() {
-		c.Machines = append(c.Machines, parseOne(v, seen))
+		c.Machines = append(c.Machines, parseOne(v, filepath.Dir(name), seen))
 	}
 	if list.Exists() && len(c.Machines) == 0 {
 		list.Failf("machines has no machine")
@@ -102,9 +107,10 @@ func Parse(name string, data []byte) (Config, error) {
 	return c, f.Err()
 }
 
-func parseOne(v yamlfile.Value, seen map[string]int) Machine {
+// parseOne reads a machine; dir is what the paths of its media are relative to.
+func parseOne(v yamlfile.Value, dir string, seen map[string]int) Machine {
 	m := Machine{Firmware: BIOS, CPUs: 2, Memory: 2 << 30}
-	f := v.Fields("name", "mac", "firmware", "pxe", "cpus", "memory", "disks")
+	f := v.Fields("name", "mac", "firmware", "pxe", "cpus", "memory", "disks", "media")
 	m.Name = yamlfile.Get(f["name"].Required(), parseMachine)
 	m.MAC = yamlfile.Get(f["mac"].Required(), parseMAC)
 	for key, value := range map[string]string{"name": m.Name, "mac": string(m.MAC)} {
@@ -143,6 +149,23 @@ func parseOne(v yamlfile.Value, seen map[string]int) Machine {
 			Size:   yamlfile.Get(df["size"].Required(), sizeFrom(1<<20)),
 			Serial: yamlfile.Get(df["serial"], parseSerial),
 		})
+	}
+	for i, w := range f["media"].List() {
+		path := yamlfile.Get(w, yamlfile.Text)
+		if i == maxMedia {
+			w.Failf("a machine has at most %d media", maxMedia)
+			break
+		}
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(dir, path)
+		}
+		abs, err := filepath.Abs(path)
+		if err != nil {
+			w.Failf("%v", err)
+		} else if st, err := os.Stat(abs); path != "" && (err != nil || !st.Mode().IsRegular()) {
+			w.Failf("there is no file %s", abs)
+		}
+		m.Media = append(m.Media, abs)
 	}
 	return m
 }

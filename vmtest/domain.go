@@ -2,6 +2,7 @@ package vmtest
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/google/uuid"
 	"libvirt.org/go/libvirtxml"
@@ -10,6 +11,9 @@ import (
 // maxDisks keeps a machine's devices on the root bus, whose last slots are the
 // chipset's.
 const maxDisks = 16
+
+// maxMedia keeps CD drives within the chipset's SATA ports.
+const maxMedia = 4
 
 // Places of a machine's files, as its libvirtd sees them.
 const (
@@ -84,6 +88,21 @@ func domainXML(lab string, m Machine, accel Accel, bridge string) (string, error
 	if m.PXE == PXEPlain {
 		d.Devices.Interfaces[0].ROM = &libvirtxml.DomainROM{Enabled: "no"}
 	}
+	first := uint(len(m.Media)) // of the boot order
+	d.Devices.Interfaces[0].Boot.Order += first
+	for i, file := range m.Media {
+		medium := libvirtxml.DomainDisk{
+			Device: "disk",
+			Driver: &libvirtxml.DomainDiskDriver{Name: "qemu", Type: "raw"},
+			Source: &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: file}},
+			Target: &libvirtxml.DomainDiskTarget{Dev: "sd" + string(rune('a'+i)), Bus: "sata"},
+			Boot:   &libvirtxml.DomainDeviceBoot{Order: uint(i) + 1},
+		}
+		if strings.HasSuffix(file, ".iso") {
+			medium.Device, medium.ReadOnly = "cdrom", &libvirtxml.DomainDiskReadOnly{}
+		}
+		d.Devices.Disks = append(d.Devices.Disks, medium)
+	}
 	for i, disk := range m.Disks {
 		d.Devices.Disks = append(d.Devices.Disks, libvirtxml.DomainDisk{
 			Device: "disk",
@@ -96,7 +115,7 @@ func domainXML(lab string, m Machine, accel Accel, bridge string) (string, error
 			Source: &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: imageFolder + "/" + imageName(m.Name, i)}},
 			Target: &libvirtxml.DomainDiskTarget{Dev: "vd" + string(rune('a'+i)), Bus: "virtio"},
 			Serial: disk.Serial,
-			Boot:   &libvirtxml.DomainDeviceBoot{Order: uint(i) + 2},
+			Boot:   &libvirtxml.DomainDeviceBoot{Order: first + uint(i) + 2},
 			// Slot 4 and up; the chipset has 0x1f.
 			Address: slot(uint(i) + 4),
 		})

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"platter/provision"
+	"platter/provision/accept"
 	"platter/provision/client"
 )
 
@@ -111,7 +112,10 @@ func (w *watch) run(ctx context.Context, op *client.Operator) error {
 	moved := w.now()
 	for {
 		if done, err := w.done(); done {
-			return err
+			if err != nil {
+				return err
+			}
+			return w.clocks(ctx, op)
 		}
 		select {
 		case <-ctx.Done():
@@ -181,6 +185,41 @@ func (w *watch) done() (bool, error) {
 	}
 	fmt.Fprintln(w.out)
 	return true, printNodes(w.out, list, w.since, w.now())
+}
+
+// clocks prints how long the install of the rack took. The journal keeps what
+// they are read from.
+func (w *watch) clocks(ctx context.Context, op *client.Operator) error {
+	var generations []int
+	var histories [][]provision.Event
+	for _, name := range w.order {
+		s := w.nodes[name]
+		if !s.Known {
+			continue
+		}
+		var events []provision.Event
+		for after := int64(0); ; after = events[len(events)-1].ID {
+			more, err := op.Log(ctx, name, after)
+			if err != nil {
+				return err
+			}
+			if len(more) == 0 {
+				break
+			}
+			events = append(events, more...)
+		}
+		generations, histories = append(generations, s.Installed), append(histories, events)
+	}
+	c := accept.ClocksOf(generations, histories...)
+	_, err := fmt.Fprintf(w.out, "\nbare metal to operating system: %s; stack install to first message: %s\n", clock(c.OS), clock(c.Message))
+	return err
+}
+
+func clock(d time.Duration) string {
+	if d == 0 {
+		return "not known"
+	}
+	return d.Round(time.Second).String()
 }
 
 func (w *watch) draw() {

@@ -90,7 +90,8 @@ func (d *Devices) walk() {
 }
 
 // opticalDrive is what SCSI devices of type 5 begin with. An install reads
-// nothing from discs: their drivers would only cost time.
+// nothing from discs: their drivers would only cost time. A disc host asks for
+// them by name.
 const opticalDrive = "scsi:t-0x05"
 
 func (d *Devices) load(modalias string) {

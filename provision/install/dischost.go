@@ -29,7 +29,7 @@ const (
 // the disc, checks the program platter on it, and becomes that. It returns only
 // with an error.
 func startDiscHost(ctx context.Context, c Cmdline, devices *Devices, modules *Modules, log func(string, ...any)) error {
-	for _, m := range []string{"isofs", "vfat", "nls_cp437", "nls_ascii", "nls_iso8859-1", "nls_utf8", "ext4", "loop"} {
+	for _, m := range []string{"sr_mod", "isofs", "vfat", "nls_cp437", "nls_ascii", "nls_iso8859-1", "nls_utf8", "ext4", "loop"} {
 		if err := modules.Load(m); err != nil {
 			log("warning: %v", err)
 		}
@@ -40,19 +40,19 @@ func startDiscHost(ctx context.Context, c Cmdline, devices *Devices, modules *Mo
 	}
 	limit, cancel := context.WithTimeout(ctx, discWait)
 	defer cancel()
-	var tried error // why what looked like the disc was none
 	found := ""
+	var seen []error // why each drive is not the one
 	look := func() bool {
+		seen = nil
 		dirs, _ := filepath.Glob("/sys/class/block/*")
 		for _, dir := range dirs {
 			dev := "/dev/" + filepath.Base(dir)
 			if err := mountDisc(dev); err != nil {
+				seen = append(seen, fmt.Errorf("%s: no disc: %w", dev, err))
 				continue
 			}
 			if err := takeProgram(discDir, discProgram, keys); err != nil {
-				if !errors.Is(err, os.ErrNotExist) {
-					tried = fmt.Errorf("%s: %w", dev, err)
-				}
+				seen = append(seen, fmt.Errorf("%s: %w", dev, err))
 				unix.Unmount(discDir, 0)
 				continue
 			}
@@ -69,7 +69,7 @@ func startDiscHost(ctx context.Context, c Cmdline, devices *Devices, modules *Mo
 		time.Sleep(time.Second)
 	}
 	if found == "" {
-		return errors.Join(fmt.Errorf("the disc that this machine booted from has not appeared within %s: insert volume 1 and start the machine again", discWait), tried)
+		return errors.Join(fmt.Errorf("the disc that this machine booted from has not appeared within %s: insert volume 1 and start the machine again. The drives here:", discWait), errors.Join(seen...))
 	}
 	log("the disc is in %s", found)
 	args := []string{"platter", "disc", "host", "--disc", discDir, "--device", found}
