@@ -14,11 +14,11 @@ export CGO_ENABLED = 0
 
 # Debian packages: what the disc host, the image build and the lab use, what the
 # tests use as peers and judges, and what the bench's floor is made of.
-PACKAGES := curl e2fsprogs dosfstools mtools zstd xz-utils iproute2 openssh-client netbase \
+PACKAGES := curl e2fsprogs dosfstools mtools fdisk zstd xz-utils iproute2 openssh-client netbase \
 	ipxe mmdebstrap debian-archive-keyring gpg arch-test \
 	xorriso \
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
-TEST_PACKAGES := systemd dbus-daemon fdisk gdisk dnsmasq-base kea-admin atftp tcpdump chromium libnss3-tools nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
+TEST_PACKAGES := systemd dbus-daemon gdisk xfsprogs rpm dnsmasq-base kea-admin atftp tcpdump chromium libnss3-tools nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
 BENCH_PACKAGES := kexec-tools cpio busybox-static
 
 # Everything that goes into the programs, embedded files too.
