@@ -69,7 +69,7 @@ func startDiscHost(ctx context.Context, c Cmdline, devices *Devices, modules *Mo
 		time.Sleep(time.Second)
 	}
 	if found == "" {
-		return errors.Join(fmt.Errorf("the disc that this machine booted from has not appeared within %s: insert volume 1 and start the machine again. The drives here:", discWait), errors.Join(seen...))
+		return errors.Join(fmt.Errorf("the disc that this machine booted from has not appeared within %s: insert volume 1 and start the machine again; the drives here are", discWait), errors.Join(seen...))
 	}
 	log("the disc is in %s", found)
 	args := []string{"platter", "disc", "host", "--disc", discDir, "--device", found}
