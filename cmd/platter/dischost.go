@@ -60,6 +60,9 @@ nothing else.`,
 	return c
 }
 
+// lookFolder is where file systems are mounted.
+const lookFolder = "/run/platter/look"
+
 type discHostOptions struct {
 	disc, device string
 	wait         time.Duration
@@ -156,18 +159,52 @@ func (m machine) wires(r *provision.Rack, sure bool) ([]string, bool) {
 	return out, sure
 }
 
+// run serves until the machine is switched off. What ends it is said, and
+// somebody decides how to go on.
 func (o discHostOptions) run(ctx context.Context) error {
-	fmt.Fprintf(o.out, "\nThis machine becomes a disc host. Nothing on its disks is changed.\n")
+	ask := &asker{out: o.out, in: bufio.NewReader(o.in)}
+	for {
+		fmt.Fprintf(o.out, "\nThis machine becomes a disc host. Nothing on its disks is changed.\n")
+		err := o.once(ctx, ask)
+		if ctx.Err() != nil {
+			return err
+		}
+		if err != nil {
+			fmt.Fprintf(o.out, "\nIT DOES NOT SERVE\n%v\n", err)
+		}
+		for again := false; !again; {
+			fmt.Fprintf(o.out, "\nEnter: begin again. 's' and Enter: a shell.\n")
+			line, lerr := ask.line(ctx)
+			if lerr != nil {
+				return errors.Join(err, lerr)
+			}
+			if again = line != "s"; !again {
+				o.shell(ctx)
+			}
+		}
+	}
+}
+
+func (o discHostOptions) once(ctx context.Context, ask *asker) error {
 	m, err := o.look(ctx)
 	if err != nil {
 		return err
 	}
-	ask := &asker{out: o.out, in: bufio.NewReader(o.in)}
 	c, err := o.choose(ctx, &m, ask)
 	if err != nil {
 		return err
 	}
 	return o.serve(ctx, m, c, ask)
+}
+
+// shell gives the console away until somebody is done with it.
+func (o discHostOptions) shell(ctx context.Context) {
+	fmt.Fprintln(o.out, "A shell, with the command platter. It ends with 'exit'.")
+	sh := exec.CommandContext(ctx, "/bin/sh")
+	sh.Stdin, sh.Stdout, sh.Stderr = os.Stdin, o.out, o.err
+	if err := sh.Run(); err != nil {
+		fmt.Fprintf(o.out, "the shell ended: %v\n", err)
+	}
 }
 
 // choose asks for what is in doubt, or for all of it when somebody presses a key.
@@ -263,13 +300,17 @@ func (o discHostOptions) look(ctx context.Context) (m machine, err error) {
 	if err != nil {
 		return m, err
 	}
+	before, _ := filepath.Glob(lookFolder + "/*")
+	for _, dir := range before { // of the last time
+		unix.Unmount(dir, 0)
+	}
 	for _, dir := range dirs {
 		name := filepath.Base(dir)
 		device := "/dev/" + name
 		if strings.HasPrefix(device, o.device) && o.device != "" || strings.HasPrefix(name, "ram") || strings.HasPrefix(name, "loop") {
 			continue
 		}
-		p := place{device: device, dir: filepath.Join("/run/platter/look", name)}
+		p := place{device: device, dir: filepath.Join(lookFolder, name)}
 		if p.kind, p.label, err = fileSystem(device); err != nil || p.kind == "" {
 			continue
 		}
@@ -454,12 +495,7 @@ func (o discHostOptions) console(ctx context.Context, ask *asker, stop func()) e
 			stop()
 			return nil
 		case "s":
-			fmt.Fprintln(o.out, "A shell. It ends with 'exit'; the rack is served meanwhile.")
-			sh := exec.CommandContext(ctx, "/bin/gosh")
-			sh.Stdin, sh.Stdout, sh.Stderr = os.Stdin, o.out, o.err
-			if err := sh.Run(); err != nil {
-				fmt.Fprintf(o.out, "the shell ended: %v\n", err)
-			}
+			o.shell(ctx)
 		}
 	}
 }

@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"aead.dev/minisign"
+	"golang.org/x/sys/unix"
 
 	"platter/provision"
 	"platter/provision/client"
@@ -141,10 +142,12 @@ func create(dir, path string, now time.Time) error {
 		return err
 	}
 	return write(dir, b, func(tmp string) error {
-		if err := os.Link(tmp, path); !errors.Is(err, fs.ErrExist) {
-			return err
+		// Also on FAT, which has no links: a disc host may keep its state on a stick.
+		err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
+		if errors.Is(err, fs.ErrExist) {
+			return nil // somebody was quicker
 		}
-		return nil
+		return err
 	})
 }
 
