@@ -23,6 +23,9 @@ const (
 	// OrderOutage ends the node's part of the stack at once and starts it again
 	// later, also when nobody is there to ask for it: OutageArgs, no result.
 	OrderOutage OrderKind = "outage"
+	// OrderHandover makes the node the rack's disc host: no args, no result. It
+	// ends at its new disc host, which is the node itself.
+	OrderHandover OrderKind = "handover"
 )
 
 // Early tells whether a node carries orders of this kind out while it is not a
@@ -125,6 +128,11 @@ func (o Orders) Apply(e Event) (Orders, bool) {
 		return o.change(e.Time, func(s OrderStatus) bool { return s.State == OrderWaiting },
 			func(s *OrderStatus) {
 				s.State, s.Why = OrderWithdrawn, fmt.Sprintf("%s is to be reinstalled", s.Node)
+			})
+	case EventTakeBack:
+		return o.change(e.Time, func(s OrderStatus) bool { return s.Kind == OrderHandover && !s.State.Final() },
+			func(s *OrderStatus) {
+				s.State, s.Failure = OrderFailed, &Failure{Code: "taken-back", Message: "the old disc host was made the disc host again", Next: "Hand the rack over anew if that is still wanted"}
 			})
 	case EventReport:
 		switch {

@@ -20,6 +20,10 @@ const (
 	EventOrder         EventKind = "order"          // Order is given to the node
 	EventOrderAccept   EventKind = "order-accept"   // the node is handed Order
 	EventOrderWithdraw EventKind = "order-withdraw" // Order is taken back before that
+
+	EventHandover      EventKind = "handover"       // Node is the disc host from now on, by Order; Detail is the state's digest
+	EventHandoverTaken EventKind = "handover-taken" // Node has the receipt
+	EventTakeBack      EventKind = "take-back"      // an operator made this the disc host again
 )
 
 // Event is one line of the journal: durable before it has effects.

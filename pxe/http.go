@@ -27,8 +27,13 @@ const (
 )
 
 // listenHTTP opens the listener of one network, on the disc host's address.
-func listenHTTP(ctx context.Context, n provision.Network, port int) (net.Listener, error) {
+func listenHTTP(ctx context.Context, n provision.Network, port int, share bool) (net.Listener, error) {
 	lc := control(func(fd int) error {
+		if share {
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
+				return err
+			}
+		}
 		return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(peerGone.Milliseconds()))
 	})
 	return lc.Listen(ctx, "tcp4", netip.AddrPortFrom(n.DiscHost, uint16(port)).String())

@@ -45,7 +45,8 @@ func TestRouterSolicitation(t *testing.T) {
 		}
 		p.SetReadDeadline(time.Now().Add(time.Second))
 		n, cm, _, err := p.ReadFrom(buf)
-		if err != nil && try < 10 {
+		// Before the filter was set, something else may have come.
+		if (err != nil || n == 0 || buf[0] != byte(ipv6.ICMPTypeRouterAdvertisement)) && try < 10 {
 			continue
 		}
 		if err != nil {

@@ -65,7 +65,10 @@ type Server struct {
 	// ping an address before they offer it. Negative: do not look.
 	RogueWait time.Duration
 	Ports     Ports
-	Now       func() time.Time // nil: time.Now
+	// Share: another program has the HTTP port on all addresses, and shares it
+	// (SO_REUSEPORT in socket(7)): ours is on the network's address alone.
+	Share bool
+	Now   func() time.Time // nil: time.Now
 
 	loaders loaders
 	leases  *leaseLog
@@ -115,7 +118,7 @@ func (s *Server) Listen(ctx context.Context) (err error) {
 		if l.tftp, err = listenTFTP(ctx, n, s.Ports.TFTP); err != nil {
 			return listenError("UDP", s.Ports.TFTP, "TFTP", n, err)
 		}
-		if l.http, err = listenHTTP(ctx, n, s.Ports.HTTP); err != nil {
+		if l.http, err = listenHTTP(ctx, n, s.Ports.HTTP, s.Share); err != nil {
 			return listenError("TCP", s.Ports.HTTP, "HTTP", n, err)
 		}
 		if l.ra, err = listenRA(ctx, n); err != nil {

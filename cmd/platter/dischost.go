@@ -461,7 +461,7 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 	defer cancel()
 	g.Go(func() error {
 		defer cancel()
-		return serve(ctx, so, slog.New(slog.NewTextHandler(log, nil)))
+		return serve(ctx, so, nil, slog.New(slog.NewTextHandler(log, nil)))
 	})
 	g.Go(func() error { return o.console(ctx, ask, cancel) })
 	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {

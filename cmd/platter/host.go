@@ -14,10 +14,10 @@ import (
 
 // hostCmd is the command that platter-node has too: it reads its own flags.
 func hostCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:                "host check|apply|repair|undo",
-		Short:              "Prepare this host: kernel settings, Open vSwitch, libvirt, and their order",
-		Long:               hostcmd.Usage,
+	c := &cobra.Command{
+		Use:                "host check|apply|repair|undo|handover",
+		Short:              "Prepare this host: kernel settings, Open vSwitch, libvirt, and their order; hand the rack over to a node",
+		Long:               hostcmd.Usage + handoverUsage,
 		DisableFlagParsing: true,
 		RunE: func(c *cobra.Command, args []string) error {
 			code := hostcmd.Run(c.Context(), args, hostcmd.Env{Rack: hostOfRack, Stdout: c.OutOrStdout(), Stderr: c.ErrOrStderr()})
@@ -27,6 +27,8 @@ func hostCmd() *cobra.Command {
 			return nil
 		},
 	}
+	c.AddCommand(handoverCmd())
+	return c
 }
 
 // said ends the program with this code; why was said already.

@@ -42,6 +42,8 @@ type serveOptions struct {
 	rack, stack, store, state, socket, ipxe string
 	discs                                   []string
 	interfaces                              map[string]string // the rack file's name -> this machine's
+	successor                               string
+	takeBack                                bool
 }
 
 func serveCmd() *cobra.Command {
@@ -65,11 +67,16 @@ socket that systemd or 'platter lab exec --listen' hands over.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			log := slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil))
-			return serve(c.Context(), o, log)
+			if o.successor != "" {
+				return serveSuccessor(c.Context(), o, log)
+			}
+			if o.rack == "" {
+				return errors.New("no rack file is named: platter serve -c rack.yaml")
+			}
+			return serve(c.Context(), o, nil, log)
 		},
 	}
 	c.Flags().StringVarP(&o.rack, "config", "c", "", "the rack file")
-	c.MarkFlagRequired("config")
 	c.Flags().StringToStringVar(&o.interfaces, "interface", nil, "use another interface than the rack file names: RACK-FILE'S=THIS-MACHINE'S; may be repeated")
 	withStack(c, &o.stack)
 	c.Flags().StringVar(&o.store, "store", "", "folder of the image store (default "+defaultStore+"; with --disc: in --state)")
@@ -77,12 +84,15 @@ socket that systemd or 'platter lab exec --listen' hands over.`,
 	c.Flags().StringVar(&o.state, "state", "/var/lib/platter/state", "folder of the journal, the site's CA and its secrets")
 	c.Flags().StringVar(&o.socket, "socket", defaultSocket, "Unix socket for operators")
 	c.Flags().StringVar(&o.ipxe, "ipxe", "", "folder of the iPXE loaders (default: the disc's, else "+defaultIPXE+" of Debian's package ipxe)")
+	c.Flags().StringVar(&o.successor, "successor", "", "on a node that the rack was handed over to: the folder with all of the above")
+	c.Flags().BoolVar(&o.takeBack, "take-back", false, "serve again although the rack was handed over; only when the node that has it is gone for good")
 	return c
 }
 
 // serve opens everything or says in one sentence what is missing, and then
-// serves until ctx ends.
-func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
+// serves until ctx ends or the rack has been handed over. place is where a
+// successor serves; nil: where the rack file says.
+func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog.Logger) (err error) {
 	rack, _, err := loadRackAndStack(o.rack, o.stack)
 	if err != nil {
 		return err
@@ -94,6 +104,7 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 		}
 		rack.Networks[i].Interface = to
 	}
+	place.apply(rack)
 	if os.Geteuid() != 0 {
 		return errors.New("serve must run as root: DHCP, TFTP and HTTP use ports below 1024. Run it with sudo")
 	}
@@ -117,39 +128,55 @@ func serve(ctx context.Context, o serveOptions, log *slog.Logger) (err error) {
 		return err
 	}
 
-	st, err := site.Open(filepath.Join(o.state, "site"))
+	st, err := site.Open(filepath.Join(o.state, dischost.SiteFolder))
 	if err != nil {
 		return err
 	}
-	journal, err := store.Open(filepath.Join(o.state, "journal.db"), time.Now)
+	journal, err := store.Open(filepath.Join(o.state, dischost.JournalFile), time.Now)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, journal.Close()) }()
-	if err := journal.SetRack(ctx, rack); err != nil {
+	start, err := startOf(ctx, journal, o, rack, log)
+	if err != nil || start == provision.StartRefuse {
+		return err
+	}
+	if err := journal.SetRack(ctx, rack); err != nil && !(start == provision.StartHandOut && errors.Is(err, store.ErrHandedOver)) {
 		return err
 	}
 	host := dischost.New(dischost.Config{
 		Rack: rack, Store: journal, Site: st, Images: imgs,
 		Probe: probe.Run, Log: log, Clock: time.Now, Version: version(),
+		Succession: o.succession(imgs, place, log),
 	})
+	defer host.Close()
+	if start == provision.StartHandOut {
+		return handOut(ctx, o, rack, st, host, log)
+	}
+	if err := place.take(ctx, log); err != nil {
+		return err
+	}
 
 	boot := &pxe.Server{
 		Networks: rack.Networks, Backend: host, IPXE: loaders,
-		Objects: imgs.Handler(), Leases: filepath.Join(o.state, "leases"), Log: log,
+		Objects: imgs.Handler(), Leases: filepath.Join(o.state, dischost.LeasesFile), Log: log, Share: place != nil,
 	}
 	if err := boot.Listen(ctx); err != nil {
 		return err
 	}
 	defer boot.Close()
-	g, ctx := errgroup.WithContext(ctx)
-	if err := listenAPIs(ctx, g, o, rack, st, host, log); err != nil {
+	g, working := errgroup.WithContext(ctx)
+	if err := listenAPIs(working, g, o, rack, st, host, log); err != nil {
 		return err
 	}
-	g.Go(func() error { return boot.Serve(ctx) })
-	g.Go(func() error { return host.Run(ctx) })
+	g.Go(func() error { return boot.Serve(working) })
+	g.Go(func() error { return host.Run(working) })
+	g.Go(func() error { return untilHandedOver(working, host) })
 	err = g.Wait()
-	if errors.Is(err, context.Canceled) {
+	switch {
+	case errors.Is(err, errHandedOver) && ctx.Err() == nil:
+		return handOut(ctx, o, rack, st, host, log)
+	case errors.Is(err, context.Canceled), errors.Is(err, errHandedOver):
 		return nil
 	}
 	return err
@@ -189,6 +216,24 @@ func ipxeLoaders(o serveOptions, discs *disc.Discs) (fs.FS, error) {
 // listenAPIs opens the node API on every network, the operators' socket and
 // the page, and serves them in g.
 func listenAPIs(ctx context.Context, g *errgroup.Group, o serveOptions, rack *provision.Rack, st *site.Site, host *dischost.Host, log *slog.Logger) error {
+	if err := listenNodesAndOperators(ctx, g, o, rack, st, host.NodeAPI(), host.OperatorAPI(), log); err != nil {
+		return err
+	}
+	page, err := listenPage(ctx, rack.Page)
+	if err != nil && o.successor != "" {
+		log.Warn("there is no page: its address is that of the first disc host", "err", err)
+	} else if err != nil {
+		return err
+	}
+	if page != nil {
+		log.Info("the page is up", "url", "http://"+page.Addr().String()+"/")
+		serveHTTP(ctx, g, page, host.ReadOnly(), log)
+	}
+	return nil
+}
+
+// listenNodesAndOperators serves what only nodes and operators may ask.
+func listenNodesAndOperators(ctx context.Context, g *errgroup.Group, o serveOptions, rack *provision.Rack, st *site.Site, nodes, operators http.Handler, log *slog.Logger) error {
 	var addrs []netip.Addr
 	for _, n := range rack.Networks {
 		addrs = append(addrs, n.DiscHost)
@@ -203,22 +248,13 @@ func listenAPIs(ctx context.Context, g *errgroup.Group, o serveOptions, rack *pr
 		if err != nil {
 			return err
 		}
-		serveHTTP(ctx, g, tls.NewListener(l, tlsConfig), host.NodeAPI(), log)
+		serveHTTP(ctx, g, tls.NewListener(l, tlsConfig), nodes, log)
 	}
 	l, err := listenSocket(ctx, o.socket)
 	if err != nil {
 		return err
 	}
-	serveHTTP(ctx, g, l, host.OperatorAPI(), log)
-
-	page, err := listenPage(ctx, rack.Page)
-	if err != nil {
-		return err
-	}
-	if page != nil {
-		log.Info("the page is up", "url", "http://"+page.Addr().String()+"/")
-		serveHTTP(ctx, g, page, host.ReadOnly(), log)
-	}
+	serveHTTP(ctx, g, l, operators, log)
 	return nil
 }
 

@@ -164,6 +164,7 @@ func (c Config) run(ctx context.Context, anew func()) error {
 			provision.OrderSwitch:       {do: switching(plan, node, rep, &service, anew), within: 4 * time.Hour},
 			provision.OrderDiagnose:     {do: diagnosing(checked, plan, w), within: 3 * time.Minute},
 			provision.OrderLoadAccounts: {do: loadAccounts(plan, node), within: 6 * time.Hour},
+			provision.OrderHandover:     handingOver(node),
 			provision.OrderOutage:       {do: outage(plan, &service), within: provision.MaxOutage*time.Second + 20*time.Minute},
 		}
 		maps.Copy(kinds, lifeKinds(plan, node, &service))

@@ -16,6 +16,7 @@
 //	GET  /node/v1/join     -> provision.Join
 //	GET  /node/v1/orders   -> NextOrder, waits for one up to OrderPoll
 //	GET  /node/v1/approval -> Approval (machines that are in no rack file)
+//	     /node/v1/handover/ORDER, see Node.Handover and what follows it
 //
 // A batch of reports carries the header [BatchHeader]; the server takes each
 // batch once, however often a lost reply makes the node send it. [Reporter]

@@ -10,5 +10,28 @@
 //   - Run declares nodes ready, when a message has really passed.
 //   - Order has a node do something, Await tells how it ended.
 //
+// # Handing the rack over
+//
+// A node takes the disc host's place by an order of kind provision.OrderHandover, for
+// which it asks the node API, in this order, and from any point again:
+//
+//	list, file    what a successor needs but the state; nothing changes here
+//	state         the journal is frozen and copied; after frozenFor it goes on
+//	commit        the node has the state with this digest: provision.EventHandover is
+//	              journaled in the frozen journal, then the receipt is given
+//	taken         the node has kept the receipt: EventHandoverTaken, the address is
+//	              given up, the program ends
+//
+// The event is the switch. Killed before it is durable, this disc host starts again and
+// serves (provision.StartDecision); the copy that the node has is stale, because
+// commit names the frozen copy and no other. Killed after it, it starts again only
+// to give the same receipt again, or, once that was taken, not at all. The node
+// starts to serve only with a receipt of the site that names the copy it has, which
+// is not given before the event is durable. So never both serve. That one of both
+// does in the end follows from the node's orders, which are carried on after
+// every start. Two guards more see to it where an operator overrides that: the
+// successor waits while another machine has the disc host's address, and pxe refuses a
+// network on which another DHCP server answers.
+//
 // The wire forms are those of provision/client.
 package dischost

@@ -40,7 +40,7 @@ type Images interface {
 	Releases() ([]provision.StoredRelease, error)
 }
 
-// Config is what a Host works with. Every field is needed.
+// Config is what a Host works with. Every field but Succession is needed.
 type Config struct {
 	Rack   *provision.Rack // already given to Store.SetRack
 	Store  *store.Store
@@ -53,6 +53,8 @@ type Config struct {
 	Clock func() time.Time
 	// Version is that of this program, for reports.
 	Version string
+	// Succession says what a successor needs; nil: there can be none.
+	Succession *Succession
 }
 
 // Host answers machines, nodes and operators. Its methods may be called at
@@ -77,6 +79,7 @@ type Host struct {
 	proving   time.Duration // how long a node that was switched has to show that it works
 	whole     time.Duration // how long a roll waits for a whole cluster before it begins
 	parts     passages
+	handover  *handover
 }
 
 type boot struct {
@@ -93,7 +96,7 @@ type budget struct {
 // New makes a Host. Serve NodeAPI, OperatorAPI and ReadOnly, give the Host to
 // pxe, and Run it.
 func New(c Config) *Host {
-	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll, switching: rollSwitch, proving: rollProving, whole: rollWhole}
+	return &Host{Config: c, boots: map[string]boot{}, budget: map[string]budget{}, heartbeat: 15 * time.Second, poll: client.OrderPoll, switching: rollSwitch, proving: rollProving, whole: rollWhole, handover: newHandover()}
 }
 
 var _ pxe.Backend = (*Host)(nil)

@@ -28,6 +28,7 @@ func (h *Host) NodeAPI() http.Handler {
 	mux.Handle("GET "+client.PathOrders, h.node(h.nextOrder))
 	mux.Handle("PUT "+client.PathParts+"/{id}/{name}", h.node(h.partFromNode))
 	mux.Handle("GET "+client.PathParts+"/{id}/{name}", h.node(h.partToNode))
+	h.handleHandover(mux)
 	mux.Handle("/", answer(notFound))
 	return h.logged(mux)
 }

@@ -23,6 +23,8 @@ func (h *Host) OperatorAPI() http.Handler {
 	mux.Handle("POST /v1/nodes/{name}/reinstall", answer(h.reinstall))
 	mux.Handle("POST /v1/nodes/{name}/withdraw", answer(h.withdraw))
 	mux.Handle("POST /v1/nodes/{name}/approve", answer(h.approve))
+	mux.Handle("POST /v1/nodes/{name}/handover", answer(h.startHandover))
+	mux.Handle("GET /v1/handover", answer(h.handedOver))
 	mux.Handle("POST /v1/stack/probe", answer(h.probeStack))
 	mux.Handle("GET /v1/stack/releases", answer(h.releases))
 	mux.Handle("POST /v1/stack/accept", answer(h.acceptStack))
@@ -129,6 +131,10 @@ func (h *Host) change(ctx context.Context, name string, decide func(provision.St
 
 func (h *Host) reinstall(_ http.ResponseWriter, r *http.Request) (any, error) {
 	return h.change(r.Context(), r.PathValue("name"), func(st provision.State) (provision.Event, error) {
+		if h.Succession != nil && st.Name == h.Succession.Self {
+			return provision.Event{}, &client.Error{Status: http.StatusConflict, Code: client.CodeConflict,
+				Message: st.Name + " is the disc host, an install would erase it", Next: "Hand the rack over to another node first: 'platter host handover NODE'."}
+		}
 		if st.GrantOpen {
 			return provision.Event{}, &client.Error{Status: http.StatusConflict, Code: client.CodeGrantOpen,
 				Message: fmt.Sprintf("%s is due for install %d already", st.Name, st.Generation), Next: "Boot it from the network."}

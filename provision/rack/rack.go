@@ -60,9 +60,24 @@ func Parse(name string, data []byte) (*provision.Rack, error) {
 	return r, nil
 }
 
+// KeyFiles are the key-files that the rack file called name has, as it names them,
+// each once.
+func KeyFiles(name string) ([]string, error) {
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("the rack file cannot be read: %w", err)
+	}
+	f := yamlfile.Parse(name, data)
+	p := parser{dir: filepath.Dir(name), seen: map[string]int{}}
+	p.rack(f.Root())
+	slices.Sort(p.files)
+	return slices.Compact(p.files), f.Err()
+}
+
 type parser struct {
-	dir  string
-	seen map[string]int // what must be unique -> line
+	files []string // with keys, as they are named
+	dir   string
+	seen  map[string]int // what must be unique -> line
 }
 
 // unique reports a value that an earlier line already has.
@@ -226,6 +241,7 @@ func (p *parser) user(v yamlfile.Value) provision.User {
 }
 
 func (p *parser) keyFile(name string) ([]string, error) {
+	p.files = append(p.files, name)
 	if !filepath.IsAbs(name) {
 		name = filepath.Join(p.dir, name)
 	}

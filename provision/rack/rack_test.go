@@ -3,6 +3,7 @@ package rack
 import (
 	"errors"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -198,5 +199,16 @@ func TestUsers(t *testing.T) {
 		if p, err := provision.PlanFor(r, r.Nodes[0], "", 1, provision.ImageRef{}); err != nil || r.Stack.Users != want || p.Stack.Users != want {
 			t.Errorf("%q: %d users, in the plan %d, want %d; %v", line, r.Stack.Users, p.Stack.Users, want, err)
 		}
+	}
+}
+
+// Each key-file once, as the rack file names it.
+func TestKeyFiles(t *testing.T) {
+	got, err := KeyFiles("testdata/full.yaml")
+	if err != nil || !slices.Equal(got, []string{"ops.pub"}) {
+		t.Errorf("%q, %v", got, err)
+	}
+	if _, err := KeyFiles("testdata/mistakes.yaml"); err == nil {
+		t.Error("a rack file with mistakes has key-files")
 	}
 }

@@ -30,6 +30,9 @@ func (s *Store) KeepRoll(ctx context.Context, roll *provision.Roll) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := s.mayWrite(true, nil); err != nil {
+		return err
+	}
 	kept := *roll
 	kept.Line = ""
 	if kept.ID == 0 {

@@ -88,6 +88,7 @@ type Store struct {
 	now  func() time.Time
 
 	writing sync.Mutex // held from decision to fold
+	unsure  error      // set when nobody knows whether the journal was handed over; writing guards it
 
 	mu     sync.RWMutex // of what follows; never held during I/O
 	last   int64        // id of the newest event that is folded
@@ -102,6 +103,7 @@ type Store struct {
 	roll    *provision.Roll // the last one; never changed, only replaced
 	// rolled is closed and replaced when roll changes.
 	rolled chan struct{}
+	mark   *provision.HandoverMark // never changed, only replaced
 }
 
 // Open opens the journal at path, makes it and its directory at the first
@@ -426,6 +428,9 @@ func keeps(e provision.Event) bool {
 // append makes events durable together with what also does, then folds and
 // publishes them; s.writing is held.
 func (s *Store) append(also func(*sql.Tx) error, events []provision.Event) error {
+	if err := s.mayWrite(also != nil, events); err != nil {
+		return err
+	}
 	now := s.now().UTC().Round(0) // as it comes back from JSON
 	for i := range events {
 		events[i].ID, events[i].Time = 0, now
@@ -520,6 +525,7 @@ func (s *Store) fold(e provision.Event) {
 		s.touch(string(e.MAC))
 	}
 	s.states[e.Node] = st.Apply(e)
+	s.foldHandover(e)
 	if orders, changed := s.orders[e.Node].Apply(e); changed {
 		s.orders[e.Node] = orders
 		close(s.ordered)

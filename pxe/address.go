@@ -1,0 +1,156 @@
+package pxe
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/mdlayher/arp"
+	"github.com/mdlayher/ethernet"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"platter/provision"
+)
+
+// Waits of TakeAddress.
+const (
+	conflictAsks  = 3               // questions without an answer before an address counts as free, as in RFC 5227, 2.1.1
+	conflictWait  = time.Second     // for an answer to each
+	conflictAgain = 2 * time.Second // after an answer
+	conflictSay   = time.Minute     // between two lines about it
+)
+
+// TakeAddress gives the address to the interface that has own, beside that, and
+// tells the network, see RFC 5227, 2.3. As long as another machine has the address
+// it waits, and says so.
+func TakeAddress(ctx context.Context, own netip.Addr, address netip.Prefix, log *slog.Logger) error {
+	ifi, err := interfaceOf(own)
+	if err != nil {
+		return err
+	}
+	c, err := arp.Dial(ifi)
+	if err != nil {
+		return fmt.Errorf("the address %s cannot be taken over on %s: %w", address.Addr(), ifi.Name, err)
+	}
+	defer c.Close()
+	link, err := netlink.LinkByName(ifi.Name)
+	if err != nil {
+		return fmt.Errorf("the address %s cannot be taken over on %s: %w", address.Addr(), ifi.Name, err)
+	}
+	if _, err := interfaceOf(address.Addr()); err != nil { // else it is there since an earlier start
+		if err := waitUntilFree(ctx, c, ifi.Name, address.Addr(), log); err != nil {
+			return err
+		}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: address.Addr().AsSlice(), Mask: net.CIDRMask(address.Bits(), 32)}}
+		if err := netlink.AddrReplace(link, addr); err != nil {
+			return fmt.Errorf("the address %s cannot be given to %s: %w", address, ifi.Name, err)
+		}
+		log.Info("the disc host's address is taken over", "address", address.String(), "interface", ifi.Name)
+	}
+	p, err := arp.NewPacket(arp.OperationRequest, ifi.HardwareAddr, address.Addr(), make(net.HardwareAddr, 6), address.Addr())
+	if err == nil {
+		err = c.WriteTo(p, ethernet.Broadcast)
+	}
+	if err != nil {
+		log.Warn("others may look for the disc host at its old place for a while", "err", err)
+	}
+	return nil
+}
+
+func waitUntilFree(ctx context.Context, c *arp.Client, iface string, address netip.Addr, log *slog.Logger) error {
+	var said time.Time
+	for silent := 0; silent < conflictAsks; {
+		if err := c.SetDeadline(time.Now().Add(conflictWait)); err != nil {
+			return err
+		}
+		other, err := c.Resolve(address)
+		var late net.Error
+		switch {
+		case err == nil:
+			silent = 0
+			if time.Since(said) >= conflictSay {
+				said = time.Now()
+				log.Warn("another machine has the disc host's address: waiting until it gives it up", "address", address, "mac", other.String(), "interface", iface)
+			}
+			if err := provision.Sleep(ctx, conflictAgain); err != nil {
+				return err
+			}
+		case errors.As(err, &late) && late.Timeout():
+			silent++
+		default:
+			return fmt.Errorf("nobody can be asked on %s whether %s is free: %w", iface, address, err)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// DropAddress takes the address from the interface that has it, if one has. Others
+// of the interface stay.
+func DropAddress(address netip.Addr) error {
+	ifi, err := interfaceOf(address)
+	if err != nil {
+		return nil
+	}
+	link, err := netlink.LinkByName(ifi.Name)
+	if err != nil {
+		return fmt.Errorf("the address %s cannot be taken from %s: %w", address, ifi.Name, err)
+	}
+	list, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("the address %s cannot be taken from %s: %w", address, ifi.Name, err)
+	}
+	for _, a := range list {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Unmap() == address {
+			if err := netlink.AddrDel(link, &a); err != nil {
+				return fmt.Errorf("the address %s cannot be taken from %s: %w", address, ifi.Name, err)
+			}
+		}
+	}
+	// The kernel takes the addresses along that were added after it in its subnet.
+	for _, a := range list {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Unmap() != address {
+			a.Flags &^= unix.IFA_F_SECONDARY
+			if err := netlink.AddrReplace(link, &a); err != nil {
+				return fmt.Errorf("the address %s is gone from %s with %s: %w", a.IPNet, ifi.Name, address, err)
+			}
+		}
+	}
+	return nil
+}
+
+// InterfaceOf returns the name of this machine's interface that has the address.
+func InterfaceOf(address netip.Addr) (string, error) {
+	ifi, err := interfaceOf(address)
+	if err != nil {
+		return "", err
+	}
+	return ifi.Name, nil
+}
+
+// interfaceOf finds the interface that has an address.
+func interfaceOf(address netip.Addr) (*net.Interface, error) {
+	all, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	for _, ifi := range all {
+		addrs, err := ifi.Addrs()
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr() == address {
+				return &ifi, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("no interface of this machine has the address %s: see 'ip address'", address)
+}
