@@ -376,15 +376,16 @@ func run(t *testing.T, dir string, args ...string) string {
 	return string(out)
 }
 
-// counting counts the bytes that are read.
+// counting counts the bytes that are read, also by several at once.
 type counting struct {
 	medium
+	mu   *sync.Mutex
 	read map[string]int64
 }
 
 func (c counting) open(path string) (mediumFile, error) {
 	f, err := c.medium.open(path)
-	f.ReaderAt = countingReader{f.ReaderAt, func(n int) { c.read[path] += int64(n) }}
+	f.ReaderAt = countingReader{f.ReaderAt, func(n int) { c.mu.Lock(); defer c.mu.Unlock(); c.read[path] += int64(n) }}
 	return f, err
 }
 
@@ -491,7 +492,7 @@ func TestImportFromDamaged(t *testing.T) {
 	st := s.site()
 	d := s.open(st, dir)
 	read := map[string]int64{}
-	d.volumes[1].medium = counting{d.volumes[1].medium, read}
+	d.volumes[1].medium = counting{d.volumes[1].medium, &sync.Mutex{}, read}
 	got, err := bring(t.Context(), st, d)
 	var damage *Damage
 	if !errors.As(err, &damage) || damage.File != pack || damage.Volume != 1 || damage.At > int64(at) || damage.At+damage.Size <= int64(at) {
