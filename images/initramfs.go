@@ -110,6 +110,9 @@ func BuildInitramfs(ctx context.Context, o InitramfsOptions) (*BootSet, error) {
 	}
 
 	m := bootManifest{Format: bootFormat, Arch: im.Arch, BootSet: BootSet{Release: im.Kernel}}
+	if m.URoot, err = o.uroot(); err != nil {
+		return nil, err
+	}
 	if m.Kernel, err = o.Store.putFile(filepath.Join(work.dir, "vmlinuz")); err != nil {
 		return nil, err
 	}
@@ -137,7 +140,7 @@ func checkBudget(size int) error {
 }
 
 // initramfsVersion changes when the code that puts an initramfs together does.
-const initramfsVersion = "3"
+const initramfsVersion = "4"
 
 // inputs is a hash over everything that decides how the boot set comes out.
 func (o InitramfsOptions) inputs(image provision.ImageRef, keys []publicKey, key secretKey, commands string) (string, error) {
@@ -174,6 +177,21 @@ func checkStatic(file string) error {
 		}
 	}
 	return nil
+}
+
+// uroot is the version of u-root that the commands are built of.
+func (o InitramfsOptions) uroot() (string, error) {
+	file := filepath.Join(o.Source, "go.mod")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) >= 2 && f[0] == "github.com/u-root/u-root" {
+			return f[1], nil
+		}
+	}
+	return "", fmt.Errorf("%s does not name u-root", file)
 }
 
 // commandsHash changes with the commands wanted, their versions and the

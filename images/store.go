@@ -56,6 +56,8 @@ type BootSet struct {
 	Local provision.Object `json:"local"`
 	// Release of the kernel as uname -r prints it.
 	Release string `json:"release"`
+	// URoot is the version of u-root in the initramfs.
+	URoot string `json:"uroot,omitempty"`
 	// Disc are the loaders of a disc that machines boot from; empty where the
 	// image had none.
 	Disc DiscLoaders `json:"disc,omitzero"`

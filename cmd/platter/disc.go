@@ -383,7 +383,11 @@ func sayImported(w io.Writer, d *disc.Discs, got *disc.Imported) {
 		return
 	}
 	if len(got.Missing) > 0 {
-		fmt.Fprintf(w, "%d of %d held, insert %s\n", n-len(got.Missing), n, volumesOf(got.Missing, n))
+		var numbers []string
+		for _, k := range got.Missing {
+			numbers = append(numbers, fmt.Sprint(k))
+		}
+		fmt.Fprintf(w, "%d of %d held, insert %s\n", n-len(got.Missing), n, strings.Join(numbers, " or "))
 	}
 	for _, r := range d.Set.Refs {
 		if needs, is := got.Blocked[r.Name]; is {

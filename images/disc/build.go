@@ -3,7 +3,6 @@ package disc
 import (
 	"context"
 	"crypto/sha256"
-	"debug/buildinfo"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -224,7 +223,7 @@ func (b *builder) fixed(ctx context.Context) error {
 		return err
 	}
 	in := SBOMInput{Name: b.Spec.Name, Version: b.Spec.Version, Time: b.set.Made, Programs: []string{b.Platter, b.Node},
-		Boot: map[string]images.BootSet{b.Spec.Arch[0]: *b.boot}, URoot: uroot(b.Platter)}
+		Boot: map[string]images.BootSet{b.Spec.Arch[0]: *b.boot}, URoot: b.boot.URoot}
 	for _, c := range b.contents {
 		switch {
 		case c.Image != nil:
@@ -271,20 +270,6 @@ func (b *builder) fixed(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// uroot is the version of u-root that this program builds initramfs with.
-func uroot(program string) string {
-	info, err := buildinfo.ReadFile(program)
-	if err != nil {
-		return ""
-	}
-	for _, d := range info.Deps {
-		if d.Path == "github.com/u-root/u-root" {
-			return d.Version
-		}
-	}
-	return ""
 }
 
 // extract writes an object of the store to a file.
