@@ -88,7 +88,7 @@ disc: release build/programs/platter build/programs/platter-node ## build the de
 	bin/platter disc build -f images/disc/default.yaml -o build/disc --volume-size $(VOLUME_SIZE) --store $(STORE) --key $(KEY) --platter build/programs/platter --node build/programs/platter-node
 
 .PHONY: disc-demo
-disc-demo: disc ## a VM that boots from the disc installs blank VMs, ending with a delivered message
+disc-demo: disc build/.test-deps ## a VM that boots from the disc installs blank VMs, ending with a delivered message
 	PLATTER_DISC=$(CURDIR)/build/disc $(GO) test -tags e2e -timeout 60m -v -run 'TestDisc' ./vmtest
 
 .PHONY: demo
@@ -128,7 +128,7 @@ boxes: image build/.test-deps ## the service on the image's own systemd in names
 	PLATTER_TEST_ROOT=$(CURDIR)/build/image/root.ext4 $(GO) test -tags slow -timeout 20m -v ./provision/stack/...
 
 .PHONY: bench
-bench: image ## install beside an unverified floor, the service beside one started by hand, 1,000 users
+bench: image ## install beside an unverified floor, the service beside one started by hand, 1,000 users, the import of a set
 	@$(call install,$(BENCH_PACKAGES))
 	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
 

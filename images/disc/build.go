@@ -108,10 +108,11 @@ func (b *builder) check() error {
 	var wrong []error
 	fail := func(err error) { wrong = append(wrong, err) }
 	s := b.Spec
-	names := slices.Clone(s.Images)
+	var names []string // in the order in which nodes read them
 	for _, a := range s.Arch {
 		names = append(names, "boot/"+a)
 	}
+	names = append(names, s.Images...)
 	for _, r := range s.Releases {
 		if r == Newest {
 			ref, _, err := b.Store.Release("")
@@ -243,11 +244,12 @@ func (b *builder) fixed(ctx context.Context) error {
 	for p, text := range pages {
 		every[p] = source{text: text}
 	}
-	first := map[string]source{"bin/platter": {from: b.Platter}, "bin/platter-node": {from: b.Node}}
+	first := map[string]source{"bin/platter": {from: b.Platter}}
 	for p, f := range b.Files {
 		first[p] = source{from: f}
 	}
-	if b.Have == nil {
+	if b.Have == nil { // nobody starts anything from a patch
+		first["bin/platter-node"] = source{from: b.Node}
 		for _, f := range loaders {
 			first["ipxe/"+f] = source{from: filepath.Join(b.IPXE, f)}
 		}
