@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -22,6 +23,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"platter/images"
+	"platter/images/disc"
 	"platter/provision"
 	"platter/provision/rack"
 )
@@ -436,7 +439,10 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return fmt.Errorf("the state cannot be kept in %s: %w", state, err)
 	}
-	so := serveOptions{rack: r.path, state: state, socket: defaultSocket, discs: []string{o.disc}, interfaces: map[string]string{}}
+	so := serveOptions{rack: r.path, state: state, socket: defaultSocket, interfaces: map[string]string{}}
+	if err := o.source(ctx, r.rack.Image, &so, ask); err != nil {
+		return err
+	}
 	if lo, err := netlink.LinkByName("lo"); err == nil {
 		netlink.LinkSetUp(lo)
 	}
@@ -468,6 +474,62 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 		return err
 	}
 	return nil
+}
+
+// source says what to serve from: the disc, or, where the image is on several
+// volumes, a copy of them in the state.
+func (o discHostOptions) source(ctx context.Context, image string, so *serveOptions, ask *asker) error {
+	so.store = filepath.Join(so.state, "store")
+	st, err := images.Open(so.store)
+	if err != nil {
+		return err
+	}
+	d, err := disc.Open(st.CheckSignature, o.disc)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	blocked := d.Blocked()
+	if len(blocked[image]) == 0 && len(blocked["boot/amd64"]) == 0 {
+		so.discs = []string{o.disc}
+		return nil
+	}
+	so.ipxe = filepath.Join(so.state, "ipxe")
+	if err := d.Extract("ipxe", so.ipxe); err != nil {
+		return err
+	}
+	if strings.HasPrefix(so.rack, o.disc) { // it goes with the disc
+		racks := filepath.Join(so.state, "racks")
+		if err := os.CopyFS(racks, os.DirFS(filepath.Dir(so.rack))); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("the rack file cannot be copied from the disc: %w", err)
+		}
+		so.rack = filepath.Join(racks, filepath.Base(so.rack))
+	}
+	fmt.Fprintf(o.out, "\nThe set has %d volumes, which are copied to %s, one after the other.\n", len(d.Set.Volumes), so.store)
+	m := &meter{out: o.out}
+	first := true // the disc that was booted from
+	options := disc.ImportOptions{Store: st, Instead: true, Older: true, Progress: func(done, total int64) { m.say("copying", done, total) }}
+	return disc.Gather(ctx, options, func(ctx context.Context, _ []int) (string, error) {
+		if first {
+			first = false
+			return o.disc, nil
+		}
+		fmt.Fprintln(o.out, "Change the disc and press Enter.")
+		if _, err := ask.line(ctx); err != nil {
+			return "", err
+		}
+		// One that is not there is said when it is opened.
+		unix.Unmount(o.disc, 0)
+		unix.Mount(o.device, o.disc, "iso9660", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "")
+		return o.disc, nil
+	}, func(d *disc.Discs, got *disc.Imported, err error) {
+		if got != nil {
+			sayImported(o.out, d, got)
+		}
+		if err != nil {
+			fmt.Fprintln(o.out, err)
+		}
+	})
 }
 
 // console shows the nodes, and gives a shell to who asks for it.

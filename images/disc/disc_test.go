@@ -914,3 +914,36 @@ func FuzzRead(f *testing.F) {
 		s.blocked(func(Chunk) (int, bool) { return 0, false })
 	})
 }
+
+// With one drive: volumes are asked for until the set is whole, and what is no
+// volume of it is said and changes nothing.
+func TestGatherWithOneDrive(t *testing.T) {
+	s, set, _ := shared(t)
+	st := s.site()
+	drive := []string{set.Volumes[1], t.TempDir(), set.Volumes[1], set.Volumes[2], set.Volumes[0]}
+	want := [][]int{nil, {1, 3}, {1, 3}, {1, 3}, {1}}
+	failed, n := 0, 0
+	err := Gather(t.Context(), ImportOptions{Store: st, Progress: func(int64, int64) {}}, func(_ context.Context, missing []int) (string, error) {
+		if n >= len(drive) {
+			return "", errors.New("asked again")
+		}
+		if !slices.Equal(missing, want[n]) {
+			t.Errorf("request %d is for %v, want %v", n+1, missing, want[n])
+		}
+		n++
+		return drive[n-1], nil
+	}, func(_ *Discs, _ *Imported, err error) {
+		if err != nil {
+			failed++
+		}
+	})
+	if err != nil || n != len(drive) || failed != 1 {
+		t.Errorf("%d volumes, %d failed, %v", n, failed, err)
+	}
+	whole(t, st)
+	nobody := errors.New("nobody is there")
+	if err := Gather(t.Context(), ImportOptions{Store: s.site(), Progress: func(int64, int64) {}}, func(context.Context, []int) (string, error) { return "", nobody },
+		func(*Discs, *Imported, error) {}); !errors.Is(err, nobody) {
+		t.Errorf("got %v", err)
+	}
+}

@@ -83,8 +83,6 @@ type Held struct {
 	*Set
 	ID       string
 	Complete bool
-	// Missing are volumes that are still needed.
-	Missing []int
 }
 
 // Sets lists the sets that the store has taken in, wholly or not, in the order of
