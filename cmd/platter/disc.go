@@ -371,6 +371,7 @@ refused unless --older says so.`,
 	}
 	s.flags(c)
 	c.Flags().BoolVar(&o.Older, "older", false, "take a set that is older than the one in the store")
+	c.Flags().BoolVar(&o.Repair, "repair", false, "compare what the store has already as well, and bring anew what is damaged")
 	c.Flags().BoolVar(&o.Instead, "instead", false, "give up another set, of which only some volumes have come")
 	return c
 }

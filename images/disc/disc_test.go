@@ -521,6 +521,51 @@ func TestImportFromDamaged(t *testing.T) {
 	whole(t, st)
 }
 
+// What rots in a store is brought anew from the disc, and nothing else.
+func TestImportRepairs(t *testing.T) {
+	s, _, set := shared(t)
+	st := s.site()
+	must[*Imported](t)(bring(t.Context(), st, s.open(st, set.Volumes...)))
+	_, im, err := st.Image("debian-13")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pack := filepath.Join(st.Dir(), "objects", im.Pack.Hash)
+	b := must[[]byte](t)(os.ReadFile(pack))
+	b[len(b)/2] ^= 1
+	if err := os.Chmod(pack, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(pack, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	got := must[*Imported](t)(bring(t.Context(), st, s.open(st, set.Volumes...), func(o *ImportOptions) { o.Repair = true }))
+	if got.Read == 0 || got.Read > maxChunk {
+		t.Errorf("%d bytes were read, want one chunk", got.Read)
+	}
+	whole(t, st)
+}
+
+func TestOneImportAtATime(t *testing.T) {
+	s, _, set := shared(t)
+	st := s.site()
+	tried := false
+	must[*Imported](t)(bring(t.Context(), st, s.open(st, set.Volumes...), func(o *ImportOptions) {
+		o.Progress = func(int64, int64) {
+			if tried {
+				return
+			}
+			tried = true
+			if _, err := bring(t.Context(), st, s.open(st, set.Volumes...)); err == nil || !strings.Contains(err.Error(), "another import") {
+				t.Errorf("a second import: %v", err)
+			}
+		}
+	}))
+	if !tried {
+		t.Error("nothing was copied")
+	}
+}
+
 func TestVolumeCutShort(t *testing.T) {
 	s, set, _ := shared(t)
 	st := s.site()

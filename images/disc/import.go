@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -30,6 +31,8 @@ type ImportOptions struct {
 	Older bool
 	// Instead gives up a set of which only some volumes have come.
 	Instead bool
+	// Repair compares what the store has already, and brings anew what is damaged.
+	Repair bool
 	// Progress is told bytes that came, of those that the volumes at hand have
 	// for the store.
 	Progress func(done, total int64)
@@ -54,6 +57,11 @@ type Imported struct {
 // something new only once all of that is there. The discs are only read.
 func Import(ctx context.Context, d *Discs, o ImportOptions) (*Imported, error) {
 	im := &importer{Discs: d, ImportOptions: o}
+	unlock, err := lock(o.Store)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	defer im.close()
 	if err := im.admit(); err != nil {
 		return nil, err
@@ -73,6 +81,19 @@ func Import(ctx context.Context, d *Discs, o ImportOptions) (*Imported, error) {
 	}
 	out, err := im.settle()
 	return out, errors.Join(errors.Join(damage...), err)
+}
+
+// lock keeps other imports away from the store until it is released.
+func lock(s *images.Store) (release func(), err error) {
+	dir, err := os.Open(s.Dir())
+	if err != nil {
+		return nil, fmt.Errorf("the store %s cannot be read: %w", s.Dir(), err)
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("another import into the store %s is running: wait for it", s.Dir())
+	}
+	return func() { dir.Close() }, nil
 }
 
 // setsFolder of a store holds the manifests of the sets that came into it.
@@ -193,8 +214,17 @@ func (im *importer) survey(ctx context.Context) error {
 	for i := range im.Set.Objects {
 		o := &im.Set.Objects[i]
 		if im.Store.Has(o.Object) {
-			im.kept += o.Size
-			continue
+			right := true
+			if im.Repair {
+				var err error
+				if right, err = im.right(ctx, o); err != nil {
+					return err
+				}
+			}
+			if right {
+				im.kept += o.Size
+				continue
+			}
 		}
 		f, err := im.Store.Arrive(o.Object)
 		if err != nil {
@@ -244,6 +274,25 @@ func (im *importer) survey(ctx context.Context) error {
 		}
 	}
 	return im.fromStore(ctx, missing)
+}
+
+// right tells whether an object that the store has is what it should be.
+func (im *importer) right(ctx context.Context, o *Object) (bool, error) {
+	f, err := im.Store.OpenObject(o.Hash)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	buf := make([]byte, maxChunk)
+	for _, c := range o.Chunks {
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
+		if _, err := io.ReadFull(f, buf[:c.Size]); err != nil || !hashIs(buf[:c.Size], c.Hash) {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // based refuses a patch for another store than this one.
