@@ -1,6 +1,8 @@
 package images
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -191,4 +193,63 @@ func (s *Store) Hash() (string, error) {
 		fmt.Fprintf(&b, "%s %s\n", name, r.Digest)
 	}
 	return hexSum([]byte(b.String())), nil
+}
+
+// Files are the files of a folder that is this store with all that its sources
+// have: how to open each, by its path in the folder. What is still arriving is
+// left out.
+func (s *Store) Files() (map[string]func() (File, error), error) {
+	out := map[string]func() (File, error){}
+	for _, folder := range []string{"objects", "refs", "keys", "sets"} {
+		err := filepath.WalkDir(filepath.Join(s.dir, folder), func(file string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), ".") {
+				return err
+			}
+			rel, err := filepath.Rel(s.dir, file)
+			out[filepath.ToSlash(rel)] = func() (File, error) { return os.Open(file) }
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("files of the image store cannot be listed: %w", err)
+		}
+	}
+	keys, err := s.trusted()
+	if err != nil {
+		return nil, err
+	}
+	add := func(path string, open func() (File, error)) {
+		if _, have := out[path]; !have {
+			out[path] = open
+		}
+	}
+	text := func(b []byte) func() (File, error) {
+		return func() (File, error) { return memory{bytes.NewReader(b)}, nil }
+	}
+	for _, k := range keys {
+		add("keys/"+k.name, text(k.text))
+	}
+	for _, src := range s.sources {
+		for _, name := range src.Refs() {
+			if _, have := out["refs/"+name]; have {
+				continue
+			}
+			c, err := s.Contents(name)
+			if err != nil {
+				return nil, err
+			}
+			pointer, err := json.Marshal(ref{Digest: c.Digest})
+			if err != nil {
+				return nil, err
+			}
+			add("refs/"+name, text(append(pointer, '\n')))
+			add("objects/"+c.Digest+sigSuffix, text(c.Signature))
+			for _, o := range c.Objects {
+				add("objects/"+o.Hash, func() (File, error) { return s.OpenObject(o.Hash) })
+			}
+		}
+	}
+	return out, nil
 }

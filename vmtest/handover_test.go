@@ -24,6 +24,16 @@ func TestStackHandover(t *testing.T) {
 	r.await("all are ready", allReady)
 	before := r.read("rack.yaml")
 
+	// It serves from a disc: the successor gets a store of its own.
+	r.write("disc.yaml", "name: platter\nversion: \"1.0\"\ndate: 2026-11-22\nimages: [debian-13]\n")
+	r.platter("disc", "build", "-f", filepath.Join(r.dir, "disc.yaml"), "-o", r.dir, "--store", r.store, "--key", filepath.Join(r.repo, "build/keys/image.key"))
+	r.run("mkdir", filepath.Join(r.dir, "keys-only"))
+	r.run("cp", "-r", filepath.Join(r.store, "keys"), filepath.Join(r.dir, "keys-only"))
+	r.stopServe(syscall.SIGTERM)
+	r.store, r.extra = filepath.Join(r.dir, "keys-only"), append(r.extra, "--disc", filepath.Join(r.dir, "platter-1.0.iso"))
+	r.startServe()
+	r.await("all are ready again", allReady)
+
 	// A disc host that is killed in the middle is still the disc host, and what was
 	// fetched is not fetched again.
 	cmd := r.handover("node1")

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -221,14 +220,11 @@ func giveUpAddresses(rack *provision.Rack) error {
 // succession says what a successor of this disc host needs; nil where that is not
 // known, which only keeps it from being handed over.
 func (o serveOptions) succession(imgs *images.Store, place *successorPlace, log *slog.Logger) *dischost.Succession {
-	s := &dischost.Succession{IPXE: cmp.Or(o.ipxe, defaultIPXE), Rack: o.rack, Stack: o.stack, Store: imgs.Dir(), State: o.state}
+	s := &dischost.Succession{IPXE: o.loaders(), Rack: o.rack, Stack: o.stack, Images: imgs, State: o.state}
 	var err1, err2 error
 	s.Program, err1 = os.Executable()
 	s.RackFiles, err2 = rack.KeyFiles(o.rack)
 	err := errors.Join(err1, err2)
-	if len(o.discs) > 0 {
-		err = errors.Join(err, errors.New("what it serves lies on discs: 'platter disc import' brings it into a store that can be handed over"))
-	}
 	for _, f := range s.RackFiles {
 		if !filepath.IsLocal(f) {
 			err = errors.Join(err, fmt.Errorf("the key file %s does not lie beside the rack file", f))

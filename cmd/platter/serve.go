@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -113,9 +112,10 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 		return err
 	}
 	defer discs.Close()
-	loaders, err := ipxeLoaders(o, discs)
-	if err != nil {
-		return err
+	if len(o.discs) > 0 {
+		if err := discs.Extract("ipxe", filepath.Join(o.state, "ipxe")); err != nil {
+			return err
+		}
 	}
 	_, im, err := imgs.Image(rack.Image)
 	if err != nil {
@@ -158,7 +158,7 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 	}
 
 	boot := &pxe.Server{
-		Networks: rack.Networks, Backend: host, IPXE: loaders,
+		Networks: rack.Networks, Backend: host, IPXE: os.DirFS(o.loaders()),
 		Objects: imgs.Handler(), Leases: filepath.Join(o.state, dischost.LeasesFile), Log: log, Share: place != nil,
 	}
 	if err := boot.Listen(ctx); err != nil {
@@ -203,14 +203,13 @@ func openImages(o serveOptions) (*images.Store, *disc.Discs, error) {
 	return st, discs, err
 }
 
-// ipxeLoaders are the iPXE programs for nodes. Those of a disc are compared and
-// then kept in the state.
-func ipxeLoaders(o serveOptions, discs *disc.Discs) (fs.FS, error) {
-	if o.ipxe != "" || len(o.discs) == 0 {
-		return os.DirFS(cmp.Or(o.ipxe, defaultIPXE)), nil
+// loaders is the folder of the iPXE programs for nodes: a disc's are copied into
+// the state.
+func (o serveOptions) loaders() string {
+	if o.ipxe == "" && len(o.discs) > 0 {
+		return filepath.Join(o.state, "ipxe")
 	}
-	dir := filepath.Join(o.state, "ipxe")
-	return os.DirFS(dir), discs.Extract("ipxe", dir)
+	return cmp.Or(o.ipxe, defaultIPXE)
 }
 
 // listenAPIs opens the node API on every network, the operators' socket and

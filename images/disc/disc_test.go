@@ -811,6 +811,25 @@ func TestServeFromDiscs(t *testing.T) {
 	if err := all.CheckSignature(must[[]byte](t)(os.ReadFile(filepath.Join(s.store.Dir(), "objects", ref.Digest))), []byte(sig)); err != nil {
 		t.Error(err)
 	}
+	// All of it as the files of a folder: a store of its own.
+	copied := filepath.Join(t.TempDir(), "copied")
+	files, err := all.Files()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for p, open := range files {
+		f := must[images.File](t)(open())
+		b := must[[]byte](t)(io.ReadAll(f))
+		f.Close()
+		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(copied, p)), 0o755), os.WriteFile(filepath.Join(copied, p), b, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	own := must[*images.Store](t)(images.Open(copied))
+	whole(t, own)
+	if got, want := must[string](t)(own.Hash()), must[string](t)(s.store.Hash()); got != want {
+		t.Errorf("copied: hash %s, want %s", got, want)
+	}
 	// Without a volume: what is blocked is said, the rest is usable.
 	part := s.open(st, set.Volumes[:2]...)
 	blocked := part.Blocked()

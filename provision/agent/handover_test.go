@@ -26,6 +26,7 @@ import (
 	"aead.dev/minisign"
 	"golang.org/x/sys/unix"
 
+	"platter/images"
 	"platter/provision"
 	"platter/provision/client"
 	"platter/provision/dischost"
@@ -64,8 +65,12 @@ func newOldHost(t *testing.T) *oldHost {
 		}
 		return name
 	}
+	store, err := images.Open(filepath.Join(dir, "images"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	h.files = &dischost.Succession{Program: write("program", 300_000), IPXE: filepath.Join(dir, "ipxe"), Rack: write("rack/r.yaml", 500),
-		RackFiles: []string{"keys/admin.pub"}, Store: filepath.Join(dir, "images"), State: filepath.Join(dir, "state")}
+		RackFiles: []string{"keys/admin.pub"}, Images: store, State: filepath.Join(dir, "state")}
 	write("rack/keys/admin.pub", 80)
 	object := write("images/objects/new", 700_000)
 	sum, _, err := sumFile(object)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
@@ -20,6 +21,7 @@ import (
 
 	"aead.dev/minisign"
 
+	"platter/images"
 	"platter/provision"
 	"platter/provision/client"
 	"platter/provision/site"
@@ -37,7 +39,7 @@ type Succession struct {
 	Rack      string // the rack file
 	RackFiles []string
 	Stack     string // folder of the stack file; empty: the one in the program
-	Store     string // folder of the image store
+	Images    *images.Store
 	State     string // folder of the journal, the site and the leases
 	// Self is the node that this disc host runs on; empty: on none.
 	Self string
@@ -51,11 +53,17 @@ const (
 	CopyFolder  = "handover" // a copy of the state, while it is handed over
 )
 
+// opener opens a file that is handed over.
+type opener func() (images.File, error)
+
+// inFolder opens a file of this machine.
+func inFolder(name string) opener { return func() (images.File, error) { return os.Open(name) } }
+
 // handover is what a Host knows of the handover under way.
 type handover struct {
 	mu     sync.Mutex
 	order  int64
-	files  map[string]string // where the files of the list lie, by path
+	files  map[string]opener // of the list, by path
 	frozen *store.Frozen
 	state  provision.HandoverList // of what is frozen
 	thaw   *time.Timer
@@ -190,8 +198,12 @@ func (h *Host) handoverList(_ http.ResponseWriter, r *http.Request, peer site.Pe
 	if err != nil {
 		return nil, err
 	}
-	h.handover.order, h.handover.files = o.ID, h.Succession.sources()
-	if list.Files, err = handoverFiles(h.handover.files); err != nil {
+	files, err := h.Succession.sources()
+	if err != nil {
+		return nil, err
+	}
+	h.handover.order, h.handover.files = o.ID, files
+	if list.Files, err = handoverFiles(files); err != nil {
 		return nil, err
 	}
 	return list, nil
@@ -222,14 +234,19 @@ func (h *Host) handoverFile(w http.ResponseWriter, r *http.Request, peer site.Pe
 	}
 	h.handover.mu.Lock()
 	if h.handover.order != o.ID && h.handover.frozen == nil { // this program was started since
-		h.handover.order, h.handover.files = o.ID, h.Succession.sources()
+		files, err := h.Succession.sources()
+		if err != nil {
+			h.handover.mu.Unlock()
+			return nil, err
+		}
+		h.handover.order, h.handover.files = o.ID, files
 	}
-	file, ok := h.handover.files[r.URL.Query().Get("path")]
+	open, ok := h.handover.files[r.URL.Query().Get("path")]
 	h.handover.mu.Unlock()
 	if !ok {
 		return nil, &client.Error{Status: http.StatusNotFound, Code: client.CodeStale, Message: fmt.Sprintf("%.200q is no file that is handed over", r.URL.Query().Get("path"))}
 	}
-	f, err := os.Open(file)
+	f, err := open()
 	if err != nil {
 		return nil, fmt.Errorf("handover: %w", err)
 	}
@@ -255,7 +272,11 @@ func (h *Host) handoverState(_ http.ResponseWriter, r *http.Request, peer site.P
 		return nil, err
 	}
 	if h.handover.order != o.ID {
-		h.handover.order, h.handover.files = o.ID, h.Succession.sources()
+		files, err := h.Succession.sources()
+		if err != nil {
+			return nil, err
+		}
+		h.handover.order, h.handover.files = o.ID, files
 	}
 	if h.handover.closed {
 		return nil, &client.Error{Status: http.StatusServiceUnavailable, Code: client.CodeInternal, Message: "the disc host stops"}
@@ -274,9 +295,7 @@ func (h *Host) handoverState(_ http.ResponseWriter, r *http.Request, peer site.P
 		os.RemoveAll(filepath.Join(h.Succession.State, CopyFolder))
 		return nil, err
 	}
-	for p, file := range files {
-		h.handover.files[p] = file
-	}
+	maps.Copy(h.handover.files, files)
 	h.handover.frozen, h.handover.state = frozen, list
 	h.handover.thaw = time.AfterFunc(frozenFor, func() {
 		h.handover.mu.Lock()
@@ -393,44 +412,47 @@ func (h *Host) handoverTaken(w http.ResponseWriter, r *http.Request, peer site.P
 var loaders = []string{"undionly.kpxe", "snponly.efi", "ipxe.efi"}
 
 // sources are all files but those of the state, by their path at the successor.
-func (s *Succession) sources() map[string]string {
-	out := map[string]string{"platter": s.Program, "rack/rack.yaml": s.Rack}
+func (s *Succession) sources() (map[string]opener, error) {
+	out := map[string]opener{"platter": inFolder(s.Program), "rack/rack.yaml": inFolder(s.Rack)}
 	for _, name := range loaders {
 		if _, err := os.Stat(filepath.Join(s.IPXE, name)); err == nil {
-			out["ipxe/"+name] = filepath.Join(s.IPXE, name)
+			out["ipxe/"+name] = inFolder(filepath.Join(s.IPXE, name))
 		}
 	}
 	for _, name := range s.RackFiles {
-		out["rack/"+filepath.ToSlash(name)] = filepath.Join(filepath.Dir(s.Rack), name)
-	}
-	tree := func(dir, below string) {
-		filepath.WalkDir(dir, func(file string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), ".") { // those are being written
-				return nil
-			}
-			if rel, err := filepath.Rel(dir, file); err == nil {
-				out[path.Join(below, filepath.ToSlash(rel))] = file
-			}
-			return nil
-		})
+		out["rack/"+filepath.ToSlash(name)] = inFolder(filepath.Join(filepath.Dir(s.Rack), name))
 	}
 	if s.Stack != "" {
-		tree(s.Stack, "stack")
+		err := filepath.WalkDir(s.Stack, func(file string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || strings.HasPrefix(d.Name(), ".") { // those are being written
+				return err
+			}
+			rel, err := filepath.Rel(s.Stack, file)
+			out[path.Join("stack", filepath.ToSlash(rel))] = inFolder(file)
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("handover: the stack's files: %w", err)
+		}
 	}
-	for _, part := range []string{"objects", "refs", "keys", "sets"} {
-		tree(filepath.Join(s.Store, part), "store/"+part)
+	store, err := s.Images.Files()
+	if err != nil {
+		return nil, fmt.Errorf("handover: %w", err)
 	}
-	return out
+	for p, open := range store {
+		out["store/"+p] = open
+	}
+	return out, nil
 }
 
-// copyState copies the state of a frozen journal and returns where the copies lie,
+// copyState copies the state of a frozen journal and returns how to open the copies,
 // by their path at the successor.
-func (s *Succession) copyState(frozen *store.Frozen) (map[string]string, error) {
+func (s *Succession) copyState(frozen *store.Frozen) (map[string]opener, error) {
 	dir := filepath.Join(s.State, CopyFolder)
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(filepath.Join(dir, SiteFolder), 0o700)); err != nil {
 		return nil, fmt.Errorf("the state cannot be copied: %w", err)
 	}
-	out := map[string]string{"state/" + JournalFile: filepath.Join(dir, JournalFile)}
+	out := map[string]opener{"state/" + JournalFile: inFolder(filepath.Join(dir, JournalFile))}
 	if err := frozen.Snapshot(filepath.Join(dir, JournalFile)); err != nil {
 		return nil, err
 	}
@@ -445,34 +467,19 @@ func (s *Succession) copyState(frozen *store.Frozen) (map[string]string, error) 
 		if err != nil {
 			return nil, fmt.Errorf("the state cannot be copied: %w", err)
 		}
-		out["state/"+name] = filepath.Join(dir, name)
+		out["state/"+name] = inFolder(filepath.Join(dir, name))
 	}
 	return out, nil
 }
 
 // handoverFiles lists files, sorted by path. Objects of the store are named by
 // their hashes, all others are read.
-func handoverFiles(files map[string]string) ([]provision.HandoverFile, error) {
+func handoverFiles(files map[string]opener) ([]provision.HandoverFile, error) {
 	var out []provision.HandoverFile
-	for p, file := range files {
-		st, err := os.Stat(file)
+	for p, open := range files {
+		f, err := handoverFile(p, open)
 		if err != nil {
-			return nil, fmt.Errorf("handover: %w", err)
-		}
-		f := provision.HandoverFile{Path: p, Size: st.Size(), Mode: 0o644}
-		switch folder, _, _ := strings.Cut(p, "/"); folder {
-		case "platter":
-			f.Mode = 0o755
-		case "state":
-			f.Mode = 0o600
-		}
-		if name, ok := strings.CutPrefix(p, "store/objects/"); ok && provision.ValidDigest(name) {
-			f.Digest = name
-		} else if f.Digest, f.Size, err = hashFile(file); err != nil {
-			return nil, fmt.Errorf("handover: %w", err)
-		}
-		if !provision.ValidHandoverPath(p) {
-			return nil, fmt.Errorf("handover: %s has a name that cannot be handed over: rename it", file)
+			return nil, fmt.Errorf("handover: %s: %w", p, err)
 		}
 		out = append(out, f)
 	}
@@ -480,13 +487,32 @@ func handoverFiles(files map[string]string) ([]provision.HandoverFile, error) {
 	return out, nil
 }
 
-func hashFile(name string) (digest string, size int64, err error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return "", 0, err
+func handoverFile(path string, open opener) (provision.HandoverFile, error) {
+	f := provision.HandoverFile{Path: path, Mode: 0o644}
+	if !provision.ValidHandoverPath(path) {
+		return f, errors.New("the name cannot be handed over: rename it")
 	}
-	defer f.Close()
+	switch folder, _, _ := strings.Cut(path, "/"); folder {
+	case "platter":
+		f.Mode = 0o755
+	case "state":
+		f.Mode = 0o600
+	}
+	r, err := open()
+	if err != nil {
+		return f, err
+	}
+	defer r.Close()
+	if name, ok := strings.CutPrefix(path, "store/objects/"); ok && provision.ValidDigest(name) {
+		st, err := r.Stat()
+		if err != nil {
+			return f, err
+		}
+		f.Digest, f.Size = name, st.Size()
+		return f, nil
+	}
 	h := sha256.New()
-	size, err = io.Copy(h, f)
-	return hex.EncodeToString(h.Sum(nil)), size, err
+	f.Size, err = io.Copy(h, r)
+	f.Digest = hex.EncodeToString(h.Sum(nil))
+	return f, err
 }
