@@ -49,8 +49,8 @@ func TestStackHandover(t *testing.T) {
 	r.serve = nil
 
 	// It does not start again.
-	out, err := exec.Command(r.bin(), "lab", "exec", "--state", r.lab, "--", r.bin(), "serve", "-c", filepath.Join(r.dir, "rack.yaml"),
-		"--store", r.store, "--state", filepath.Join(r.dir, "state"), "--socket", filepath.Join(r.dir, "socket")).CombinedOutput()
+	out, err := exec.Command(r.bin(), append([]string{"lab", "exec", "--state", r.lab, "--", r.bin(), "serve", "-c", filepath.Join(r.dir, "rack.yaml"),
+		"--store", r.store, "--state", filepath.Join(r.dir, "state"), "--socket", filepath.Join(r.dir, "socket")}, r.extra...)...).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "handed over to node1") {
 		t.Fatalf("the old disc host started again: %v\n%s", err, out)
 	}
