@@ -64,7 +64,7 @@ func (b *discBuild) run(c *cobra.Command) (err error) {
 	if err := errors.Join(serr, zerr); err != nil {
 		return err
 	}
-	b.o.Spec, b.o.VolumeSize, b.o.Log = spec, size, c.OutOrStdout()
+	b.o.Spec, b.o.VolumeSize = spec, size
 	if b.o.Store, err = images.Open(b.store); err != nil {
 		return err
 	}

@@ -193,6 +193,9 @@ func (o discHostOptions) once(ctx context.Context, ask *asker) error {
 	if err != nil {
 		return err
 	}
+	if len(m.nics) == 0 {
+		return errors.New("this machine has no network interface that the disc has a driver for: use another machine, or another card")
+	}
 	c, err := o.choose(ctx, &m, ask)
 	if err != nil {
 		return err

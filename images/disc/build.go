@@ -38,8 +38,7 @@ type BuildOptions struct {
 	// Out is the folder for the volumes. What is there under their names is
 	// replaced.
 	Out string
-	// Log gets lines for people, Progress bytes.
-	Log      io.Writer
+	// Progress is told what is being done, and bytes of it.
 	Progress func(what string, done, total int64)
 }
 

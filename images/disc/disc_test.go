@@ -162,7 +162,7 @@ func silent(string, int64, int64) {}
 
 func (s *shop) options(version string, size int64) BuildOptions {
 	return BuildOptions{Spec: spec(version), Store: s.store, Platter: filepath.Join(s.dir, "platter"), Node: filepath.Join(s.dir, "platter-node"),
-		IPXE: s.dir, VolumeSize: size, SecretKey: s.key, Out: s.t.TempDir(), Log: io.Discard, Progress: silent}
+		IPXE: s.dir, VolumeSize: size, SecretKey: s.key, Out: s.t.TempDir(), Progress: silent}
 }
 
 // product is a store with everything, of the first version.

@@ -198,15 +198,22 @@ func (h *Host) handoverList(_ http.ResponseWriter, r *http.Request, peer site.Pe
 	if err != nil {
 		return nil, err
 	}
-	files, err := h.Succession.sources()
-	if err != nil {
+	if err := h.listFiles(o.ID); err != nil {
 		return nil, err
 	}
-	h.handover.order, h.handover.files = o.ID, files
-	if list.Files, err = handoverFiles(files); err != nil {
+	if list.Files, err = handoverFiles(h.handover.files); err != nil {
 		return nil, err
 	}
 	return list, nil
+}
+
+// listFiles finds what the successor of this order gets; h.handover.mu is held.
+func (h *Host) listFiles(order int64) error {
+	files, err := h.Succession.sources()
+	if err == nil {
+		h.handover.order, h.handover.files = order, files
+	}
+	return err
 }
 
 func (h *Host) emptyList(name string) (provision.HandoverList, error) {
@@ -234,12 +241,10 @@ func (h *Host) handoverFile(w http.ResponseWriter, r *http.Request, peer site.Pe
 	}
 	h.handover.mu.Lock()
 	if h.handover.order != o.ID && h.handover.frozen == nil { // this program was started since
-		files, err := h.Succession.sources()
-		if err != nil {
+		if err := h.listFiles(o.ID); err != nil {
 			h.handover.mu.Unlock()
 			return nil, err
 		}
-		h.handover.order, h.handover.files = o.ID, files
 	}
 	open, ok := h.handover.files[r.URL.Query().Get("path")]
 	h.handover.mu.Unlock()
@@ -272,11 +277,9 @@ func (h *Host) handoverState(_ http.ResponseWriter, r *http.Request, peer site.P
 		return nil, err
 	}
 	if h.handover.order != o.ID {
-		files, err := h.Succession.sources()
-		if err != nil {
+		if err := h.listFiles(o.ID); err != nil {
 			return nil, err
 		}
-		h.handover.order, h.handover.files = o.ID, files
 	}
 	if h.handover.closed {
 		return nil, &client.Error{Status: http.StatusServiceUnavailable, Code: client.CodeInternal, Message: "the disc host stops"}
