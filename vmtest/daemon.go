@@ -261,6 +261,56 @@ func (v *virt) power(machine string, to Power) error {
 	return fmt.Errorf("unknown action %q: use %s, %s, %s or %s", to, On, Off, Cycle, Reset)
 }
 
+// Insert puts an image, *.iso, into the machine's first CD drive in the place of
+// what is there. It stays there when the machine is switched off. A drive that the
+// machine has locked, as it does while a disc is mounted, is refused.
+func (l *Lab) Insert(ctx context.Context, machine, file string) error {
+	m, err := l.machine(machine)
+	if err != nil {
+		return err
+	}
+	fail := func(err error) error { return fmt.Errorf("%s cannot be put into %s: %w", file, machine, err) }
+	abs, err := filepath.Abs(file)
+	if err != nil {
+		return fail(err)
+	}
+	if st, err := os.Stat(abs); err != nil || !st.Mode().IsRegular() || !isCD(abs) {
+		return fail(errors.New("this is no file *.iso"))
+	}
+	drive := slices.IndexFunc(m.Media, isCD)
+	if drive < 0 {
+		return fail(errors.New("it has no CD drive: its media in the lab file name no *.iso"))
+	}
+	m.Media = slices.Clone(m.Media)
+	m.Media[drive] = abs
+	d := mediumXML(m.Media, drive)
+	text, err := d.Marshal()
+	if err != nil {
+		return fail(err)
+	}
+	err = l.virt(ctx, func(v *virt) error {
+		d, err := v.DomainLookupByName(machine)
+		if err != nil {
+			return err
+		}
+		state, _, err := v.DomainGetState(d, 0)
+		if err != nil {
+			return err
+		}
+		flags := libvirt.DomainDeviceModifyConfig
+		if isOn(state) {
+			flags |= libvirt.DomainDeviceModifyLive
+		}
+		return v.DomainUpdateDeviceFlags(d, text, flags)
+	})
+	if err != nil {
+		return fail(err)
+	}
+	i := slices.IndexFunc(l.rec.Config.Machines, func(o Machine) bool { return o.Name == machine })
+	l.rec.Config.Machines[i] = m
+	return l.save()
+}
+
 func isOn(state int32) bool {
 	s := libvirt.DomainState(state)
 	return s != libvirt.DomainShutoff && s != libvirt.DomainNostate

@@ -90,18 +90,8 @@ func domainXML(lab string, m Machine, accel Accel, bridge string) (string, error
 	}
 	first := uint(len(m.Media)) // of the boot order
 	d.Devices.Interfaces[0].Boot.Order += first
-	for i, file := range m.Media {
-		medium := libvirtxml.DomainDisk{
-			Device: "disk",
-			Driver: &libvirtxml.DomainDiskDriver{Name: "qemu", Type: "raw"},
-			Source: &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: file}},
-			Target: &libvirtxml.DomainDiskTarget{Dev: "sd" + string(rune('a'+i)), Bus: "sata"},
-			Boot:   &libvirtxml.DomainDeviceBoot{Order: uint(i) + 1},
-		}
-		if strings.HasSuffix(file, ".iso") {
-			medium.Device, medium.ReadOnly = "cdrom", &libvirtxml.DomainDiskReadOnly{}
-		}
-		d.Devices.Disks = append(d.Devices.Disks, medium)
+	for i := range m.Media {
+		d.Devices.Disks = append(d.Devices.Disks, mediumXML(m.Media, i))
 	}
 	for i, disk := range m.Disks {
 		d.Devices.Disks = append(d.Devices.Disks, libvirtxml.DomainDisk{
@@ -122,6 +112,23 @@ func domainXML(lab string, m Machine, accel Accel, bridge string) (string, error
 	}
 	return d.Marshal()
 }
+
+// mediumXML describes one of a machine's media.
+func mediumXML(media []string, i int) libvirtxml.DomainDisk {
+	d := libvirtxml.DomainDisk{
+		Device: "disk",
+		Driver: &libvirtxml.DomainDiskDriver{Name: "qemu", Type: "raw"},
+		Source: &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: media[i]}},
+		Target: &libvirtxml.DomainDiskTarget{Dev: "sd" + string(rune('a'+i)), Bus: "sata"},
+		Boot:   &libvirtxml.DomainDeviceBoot{Order: uint(i) + 1},
+	}
+	if isCD(media[i]) {
+		d.Device, d.ReadOnly = "cdrom", &libvirtxml.DomainDiskReadOnly{}
+	}
+	return d
+}
+
+func isCD(file string) bool { return strings.HasSuffix(file, ".iso") }
 
 func slot(n uint) *libvirtxml.DomainAddress {
 	var zero uint

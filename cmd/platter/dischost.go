@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -43,15 +42,19 @@ func discHostCmd() *cobra.Command {
 file, choose the network interface, choose where the state is kept, and serve.
 
 A rack file (*.yaml) is looked for at the top of every USB stick and disk with a
-FAT or ext4 file system, and in the folder racks of the disc. Nothing is written
-to any of them until one is chosen for the state. Where exactly one file system
-labelled PLATTER has exactly one rack file, and there is no doubt about the
-interface, the machine begins by itself after --wait.
+FAT or ext4 file system, in the state that was kept there, and in the folder racks
+of the disc. Nothing is written to any of them until one is chosen for the state.
+Where exactly one file system labelled PLATTER has exactly one rack file, and
+there is no doubt about the interface, the machine begins by itself after --wait.
+
+The same is chosen on a page, which also takes a rack file from a browser: the
+console shows its address, which is one that computers give themselves where no
+DHCP server answers (169.254.0.0/16), and the code that opens it.
 
 It changes the addresses of this machine's interfaces: it is for machines that do
 nothing else.`,
 		RunE: func(c *cobra.Command, _ []string) error {
-			o.in, o.out, o.err = c.InOrStdin(), c.OutOrStdout(), c.ErrOrStderr()
+			o.in, o.out, o.err, o.page = c.InOrStdin(), c.OutOrStdout(), c.ErrOrStderr(), openChooser
 			return o.run(c.Context())
 		},
 	}
@@ -63,14 +66,23 @@ nothing else.`,
 	return c
 }
 
-// lookFolder is where file systems are mounted.
-const lookFolder = "/run/platter/look"
+const (
+	// lookFolder is where file systems are mounted.
+	lookFolder = "/run/platter/look"
+	// uploadFolder has the rack file that came over the page.
+	uploadFolder = "/run/platter/upload"
+	// stateFolder is the state's, on a file system that people chose for it. Its
+	// folder racks has the rack file where that came from elsewhere.
+	stateFolder = "platter-state"
+)
 
 type discHostOptions struct {
 	disc, device string
 	wait         time.Duration
 	in           io.Reader
 	out, err     io.Writer
+	// page opens the page to choose on; openChooser.
+	page func(ctx context.Context, m machine, look func(context.Context) (machine, error)) (*chooser, error)
 }
 
 // machine is what a disc host may choose from.
@@ -78,6 +90,7 @@ type machine struct {
 	nics   []nic
 	places []place
 	racks  []rackFile
+	notes  []string // what was found and cannot be used
 }
 
 type nic struct {
@@ -95,7 +108,7 @@ type place struct {
 // rackFile is one that can be read.
 type rackFile struct {
 	path  string
-	place int // index in places; -1: on the disc
+	place int // index in places; -1: on the disc, or it came over the page
 	rack  *provision.Rack
 }
 
@@ -189,6 +202,19 @@ func (o discHostOptions) run(ctx context.Context) error {
 }
 
 func (o discHostOptions) once(ctx context.Context, ask *asker) error {
+	for o.device != "" { // there may be another disc in the drive than the last time
+		if _, err := os.Stat(filepath.Join(o.disc, disc.Program)); err == nil {
+			break
+		}
+		unix.Unmount(o.disc, 0)
+		if drives := o.drives(); o.mount(&drives, disc.Program) != "" {
+			break
+		}
+		fmt.Fprintln(o.out, "Insert volume 1 and press Enter.")
+		if _, err := ask.line(ctx); err != nil {
+			return err
+		}
+	}
 	m, err := o.look(ctx)
 	if err != nil {
 		return err
@@ -196,7 +222,7 @@ func (o discHostOptions) once(ctx context.Context, ask *asker) error {
 	if len(m.nics) == 0 {
 		return errors.New("this machine has no network interface that the disc has a driver for: use another machine, or another card")
 	}
-	c, err := o.choose(ctx, &m, ask)
+	m, c, err := o.choose(ctx, m, ask)
 	if err != nil {
 		return err
 	}
@@ -210,63 +236,6 @@ func (o discHostOptions) shell(ctx context.Context) {
 	sh.Stdin, sh.Stdout, sh.Stderr = os.Stdin, o.out, o.err
 	if err := sh.Run(); err != nil {
 		fmt.Fprintf(o.out, "the shell ended: %v\n", err)
-	}
-}
-
-// choose asks for what is in doubt, or for all of it when somebody presses a key.
-func (o discHostOptions) choose(ctx context.Context, m *machine, ask *asker) (choice, error) {
-	for {
-		m.show(o.out)
-		c, sure := m.propose()
-		if sure && o.wait > 0 {
-			fmt.Fprintf(o.out, "\nIt begins in %s with %s, on %s, with its state on %s.\nPress Enter to choose something else.\n", o.wait, m.racks[c.rack].path, strings.Join(c.nics, ", "), m.places[c.place].device)
-			pressed, err := ask.pressed(ctx, o.wait)
-			if err != nil || !pressed {
-				return c, err
-			}
-		}
-		if len(m.racks) == 0 {
-			fmt.Fprintf(o.out, "\nThere is no rack file. Plug in a USB stick (FAT or ext4) with one at its top, and press Enter.\n")
-			if _, err := ask.line(ctx); err != nil {
-				return c, err
-			}
-			again, err := o.look(ctx)
-			if err != nil {
-				return c, err
-			}
-			*m = again
-			continue
-		}
-		var err error
-		var names []string
-		for _, r := range m.racks {
-			names = append(names, fmt.Sprintf("%s: rack %s, %d nodes", r.path, r.rack.Name, len(r.rack.Nodes)))
-		}
-		if c.rack, err = ask.one(ctx, "Which rack file?", names, max(c.rack, 0)); err != nil {
-			return c, err
-		}
-		c.nics, _ = m.wires(m.racks[c.rack].rack, true)
-		names = nil
-		for _, n := range m.nics {
-			names = append(names, n.String())
-		}
-		for i, nw := range m.racks[c.rack].rack.Networks {
-			k := slices.IndexFunc(m.nics, func(n nic) bool { return n.name == c.nics[i] })
-			if k, err = ask.one(ctx, fmt.Sprintf("Which interface is wired to the network %s (%s in the rack file)?", nw.Subnet, nw.Interface), names, max(k, 0)); err != nil {
-				return c, err
-			}
-			c.nics[i] = m.nics[k].name
-		}
-		names = []string{"in memory: ALL IS LOST when this machine is switched off, nodes have to be installed again to be looked after"}
-		for _, p := range m.places {
-			names = append(names, fmt.Sprintf("%s, folder platter-state", p))
-		}
-		k, err := ask.one(ctx, "Where is the state kept (journal, the site's keys)?", names, c.place+1)
-		if err != nil {
-			return c, err
-		}
-		c.place = k - 1
-		return c, nil
 	}
 }
 
@@ -293,8 +262,15 @@ func (m machine) show(w io.Writer) {
 	}
 	fmt.Fprintln(w, "Rack files:")
 	for _, r := range m.racks {
-		fmt.Fprintf(w, "  %s: rack %s, %d nodes\n", r.path, r.rack.Name, len(r.rack.Nodes))
+		fmt.Fprintf(w, "  %s\n", r)
 	}
+	for _, note := range m.notes {
+		fmt.Fprintln(w, note)
+	}
+}
+
+func (r rackFile) String() string {
+	return fmt.Sprintf("%s: rack %s, %d %s", r.path, r.rack.Name, len(r.rack.Nodes), plural(len(r.rack.Nodes), "node"))
 }
 
 // look finds what this machine has. All file systems are mounted to be read.
@@ -321,27 +297,29 @@ func (o discHostOptions) look(ctx context.Context) (m machine, err error) {
 			continue
 		}
 		if err := mountPlace(p, unix.MS_RDONLY); err != nil {
-			fmt.Fprintf(o.out, "%s cannot be mounted: %v\n", device, err)
+			m.notes = append(m.notes, fmt.Sprintf("%s cannot be mounted: %v", device, err))
 			continue
 		}
 		sectors, _ := os.ReadFile(filepath.Join(dir, "size"))
 		n, _ := strconv.ParseInt(strings.TrimSpace(string(sectors)), 10, 64)
 		p.size = n * 512
 		m.places = append(m.places, p)
-		m.find(p.dir, len(m.places)-1, o.out)
+		m.find(p.dir, len(m.places)-1)
+		m.find(filepath.Join(p.dir, stateFolder, "racks"), len(m.places)-1)
 	}
-	m.find(filepath.Join(o.disc, "racks"), -1, o.out)
+	m.find(filepath.Join(o.disc, "racks"), -1)
+	m.find(uploadFolder, -1)
 	return m, nil
 }
 
 // find reads the rack files in a folder.
-func (m *machine) find(dir string, place int, w io.Writer) {
+func (m *machine) find(dir string, place int) {
 	files, _ := filepath.Glob(filepath.Join(dir, "*.yaml"))
 	for _, f := range files {
 		r, err := rack.Load(f)
 		if err != nil {
 			if text, _ := os.ReadFile(f); bytes.Contains(text, []byte("nodes:")) {
-				fmt.Fprintf(w, "%s is no rack file that can be used:\n%v\n", f, err)
+				m.notes = append(m.notes, fmt.Sprintf("%s is no rack file that can be used:\n%v", f, err))
 			}
 			continue
 		}
@@ -425,6 +403,7 @@ func mountPlace(p place, flags uintptr) error {
 // serve gives the interfaces their addresses and serves the rack, with the
 // nodes' progress on the console.
 func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *asker) error {
+	var err error
 	r := m.racks[c.rack]
 	state := "/run/platter/state"
 	if c.place >= 0 {
@@ -435,14 +414,20 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 		if err := mountPlace(p, unix.MS_SYNCHRONOUS); err != nil {
 			return fmt.Errorf("%s cannot be mounted to be written to, is it write-protected? %w", p.device, err)
 		}
-		state = filepath.Join(p.dir, "platter-state")
+		state = filepath.Join(p.dir, stateFolder)
 	} else {
 		fmt.Fprintf(o.out, "\nWARNING: the state is in memory. When this machine is switched off, the site's keys are lost with it.\n")
 	}
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return fmt.Errorf("the state cannot be kept in %s: %w", state, err)
 	}
-	so := serveOptions{rack: r.path, state: state, socket: defaultSocket, interfaces: map[string]string{}}
+	path := r.path
+	if r.place < 0 { // it goes with the disc, or with this machine's memory
+		if path, err = keepRack(r.path, state); err != nil {
+			return err
+		}
+	}
+	so := serveOptions{rack: path, state: state, socket: defaultSocket, interfaces: map[string]string{}}
 	if err := o.source(ctx, r.rack.Image, &so, ask); err != nil {
 		return err
 	}
@@ -479,6 +464,26 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 	return nil
 }
 
+// keepRack copies a rack file, with what lies beside it, into the state, in the
+// place of one that is there.
+func keepRack(path, state string) (string, error) {
+	fail := func(err error) error { return fmt.Errorf("the rack file cannot be kept with the state: %w", err) }
+	racks, next := filepath.Join(state, "racks"), filepath.Join(state, "racks.new")
+	if err := os.RemoveAll(next); err != nil {
+		return "", fail(err)
+	}
+	if err := os.CopyFS(next, os.DirFS(filepath.Dir(path))); err != nil {
+		return "", fail(err)
+	}
+	if err := os.RemoveAll(racks); err != nil {
+		return "", fail(err)
+	}
+	if err := os.Rename(next, racks); err != nil {
+		return "", fail(err)
+	}
+	return filepath.Join(racks, filepath.Base(path)), nil
+}
+
 // source says what to serve from: the disc, or, where the image is on several
 // volumes, a copy of them in the state.
 func (o discHostOptions) source(ctx context.Context, image string, so *serveOptions, ask *asker) error {
@@ -487,44 +492,52 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 	if err != nil {
 		return err
 	}
-	d, err := disc.Open(st.CheckSignature, o.disc)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	blocked := d.Blocked()
-	if len(blocked[image]) == 0 && len(blocked["boot/amd64"]) == 0 {
-		so.discs = []string{o.disc}
-		return nil
-	}
-	so.ipxe = filepath.Join(so.state, "ipxe")
-	if err := d.Extract("ipxe", so.ipxe); err != nil {
-		return err
-	}
-	if strings.HasPrefix(so.rack, o.disc) { // it goes with the disc
-		racks := filepath.Join(so.state, "racks")
-		if err := os.CopyFS(racks, os.DirFS(filepath.Dir(so.rack))); err != nil && !errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("the rack file cannot be copied from the disc: %w", err)
+	volumes := 0
+	err = func() error { // which has closed the disc when it ends
+		d, err := disc.Open(st.CheckSignature, o.disc)
+		if err != nil {
+			return err
 		}
-		so.rack = filepath.Join(racks, filepath.Base(so.rack))
+		defer d.Close()
+		blocked := d.Blocked()
+		if len(blocked[image]) == 0 && len(blocked["boot/amd64"]) == 0 {
+			so.discs = []string{o.disc}
+			return nil
+		}
+		volumes = len(d.Set.Volumes)
+		so.ipxe = filepath.Join(so.state, "ipxe")
+		return d.Extract("ipxe", so.ipxe)
+	}()
+	if err != nil || len(so.discs) > 0 {
+		return err
 	}
-	fmt.Fprintf(o.out, "\nThe set has %d volumes, which are copied to %s, one after the other.\n", len(d.Set.Volumes), so.store)
+	fmt.Fprintf(o.out, "\nThe set has %d volumes, which are copied to %s, one after the other.\n", volumes, so.store)
 	m := &meter{out: o.out}
-	first := true // the disc that was booted from
 	options := disc.ImportOptions{Store: st, Instead: true, Older: true, Progress: func(done, total int64) { m.say("copying", done, total) }}
+	defer unix.Unmount(o.disc, 0) // nothing is read from it any more
+	first := true
+	var left []string // drives that were not read since the last change
 	return disc.Gather(ctx, options, func(ctx context.Context, _ []int) (string, error) {
-		if first {
-			first = false
+		if first { // the disc that was booted from
+			first, left = false, slices.DeleteFunc(o.drives(), func(d string) bool { return d == o.device })
 			return o.disc, nil
 		}
-		fmt.Fprintln(o.out, "Change the disc and press Enter.")
-		if _, err := ask.line(ctx); err != nil {
-			return "", err
+		for {
+			// A drive does not let go of a disc that is mounted.
+			if err := unix.Unmount(o.disc, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+				return "", fmt.Errorf("the disc in %s is in use and cannot be changed: leave the shell that is in it: %w", o.device, err)
+			}
+			if dev := o.mount(&left, disc.SetFile); dev != "" {
+				fmt.Fprintf(o.out, "Reading %s.\n", dev)
+				return o.disc, nil
+			}
+			eject(o.device)
+			fmt.Fprintln(o.out, "Change the disc and press Enter.")
+			if _, err := ask.line(ctx); err != nil {
+				return "", err
+			}
+			left = o.drives() // all of them: a stick is another device each time
 		}
-		// One that is not there is said when it is opened.
-		unix.Unmount(o.disc, 0)
-		unix.Mount(o.device, o.disc, "iso9660", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "")
-		return o.disc, nil
 	}, func(d *disc.Discs, got *disc.Imported, err error) {
 		if got != nil {
 			sayImported(o.out, d, got)
@@ -533,6 +546,44 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 			fmt.Fprintln(o.out, err)
 		}
 	})
+}
+
+// drives are the devices that may hold a volume.
+func (o discHostOptions) drives() (out []string) {
+	dirs, _ := filepath.Glob("/sys/class/block/*")
+	for _, dir := range dirs {
+		name := filepath.Base(dir)
+		if _, err := os.Stat(filepath.Join(dir, "partition")); err != nil && !strings.HasPrefix(name, "ram") && !strings.HasPrefix(name, "loop") {
+			out = append(out, "/dev/"+name)
+		}
+	}
+	return out
+}
+
+// mount mounts the first of the drives whose disc has that file, and takes those
+// that it has tried off the list. It returns "" where there is none.
+func (o discHostOptions) mount(drives *[]string, file string) string {
+	for len(*drives) > 0 {
+		dev := (*drives)[0]
+		*drives = (*drives)[1:]
+		if unix.Mount(dev, o.disc, "iso9660", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "") != nil {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(o.disc, file)); err == nil {
+			return dev
+		}
+		unix.Unmount(o.disc, 0)
+	}
+	return ""
+}
+
+// eject opens the tray of a drive that has one.
+func eject(device string) {
+	const cdromEject = 0x5309 // <linux/cdrom.h>
+	if fd, err := unix.Open(device, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
+		unix.IoctlSetInt(fd, cdromEject, 0)
+		unix.Close(fd)
+	}
 }
 
 // console shows the nodes, and gives a shell to who asks for it.
@@ -567,78 +618,3 @@ func (o discHostOptions) console(ctx context.Context, ask *asker, stop func()) e
 
 // plainWriter is no terminal.
 type plainWriter struct{ io.Writer }
-
-// asker asks people on a console. It reads no further than the line that was
-// asked for: the rest is for the shell.
-type asker struct {
-	out     io.Writer
-	in      *bufio.Reader
-	pending chan answer // of a line that is being waited for
-}
-
-type answer struct {
-	line string
-	err  error
-}
-
-func (a *asker) ask() <-chan answer {
-	if a.pending == nil {
-		pending := make(chan answer, 1)
-		a.pending = pending
-		go func() {
-			l, err := a.in.ReadString('\n')
-			pending <- answer{strings.TrimSpace(l), err}
-		}()
-	}
-	return a.pending
-}
-
-func (a *asker) line(ctx context.Context) (string, error) {
-	select {
-	case got := <-a.ask():
-		a.pending = nil
-		if got.err != nil {
-			return "", fmt.Errorf("nobody can be asked, the console is gone: %w", got.err)
-		}
-		return got.line, nil
-	case <-ctx.Done():
-		return "", ctx.Err()
-	}
-}
-
-// pressed tells whether somebody presses Enter within d.
-func (a *asker) pressed(ctx context.Context, d time.Duration) (bool, error) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case got := <-a.ask():
-		a.pending = nil
-		return got.err == nil, nil
-	case <-t.C:
-		return false, nil
-	case <-ctx.Done():
-		return false, ctx.Err()
-	}
-}
-
-// one has people choose one of several; Enter takes the default.
-func (a *asker) one(ctx context.Context, question string, of []string, preset int) (int, error) {
-	for {
-		fmt.Fprintf(a.out, "\n%s\n", question)
-		for i, text := range of {
-			fmt.Fprintf(a.out, "  %d  %s\n", i+1, text)
-		}
-		fmt.Fprintf(a.out, "[%d] ", preset+1)
-		l, err := a.line(ctx)
-		if err != nil {
-			return 0, err
-		}
-		if l == "" {
-			return preset, nil
-		}
-		if n, err := strconv.Atoi(l); err == nil && n >= 1 && n <= len(of) {
-			return n - 1, nil
-		}
-		fmt.Fprintf(a.out, "%q is none of 1 to %d.\n", l, len(of))
-	}
-}

@@ -3,6 +3,8 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"errors"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -29,16 +31,16 @@ func TestProposeOnlyWhatIsSure(t *testing.T) {
 		want choice
 		sure bool
 	}{
-		"a labelled stick and one link": {machine{[]nic{up, down}, []place{plain, keep}, []rackFile{{"a", 1, r("eno1")}}}, choice{0, []string{"eth0"}, 1}, true},
-		"the name of the rack file":     {machine{[]nic{up, other}, []place{keep}, []rackFile{{"a", 0, r("eth2")}}}, choice{0, []string{"eth2"}, 0}, true},
-		"two links":                     {machine{[]nic{up, other}, []place{keep}, []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{""}, 0}, false},
-		"no link":                       {machine{[]nic{down}, []place{keep}, []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{""}, 0}, false},
-		"two networks, one wired":       {machine{[]nic{up}, []place{keep}, []rackFile{{"a", 0, r("eth0", "eno2")}}}, choice{0, []string{"eth0", ""}, 0}, false},
-		"no label":                      {machine{[]nic{up}, []place{plain}, []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{"eth0"}, -1}, false},
-		"two labels":                    {machine{[]nic{up}, []place{keep, keep}, []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{"eth0"}, -1}, false},
-		"the rack file is elsewhere":    {machine{[]nic{up}, []place{keep, plain}, []rackFile{{"a", 1, r("eno1")}}}, choice{0, []string{"eth0"}, 0}, false},
-		"two rack files":                {machine{[]nic{up}, []place{keep}, []rackFile{{"a", 0, r("eno1")}, {"b", 0, r("eno1")}}}, choice{-1, nil, 0}, false},
-		"another one on the disc":       {machine{[]nic{up}, []place{keep}, []rackFile{{"a", -1, r("eno1")}, {"b", 0, r("eno1")}}}, choice{1, []string{"eth0"}, 0}, true},
+		"a labelled stick and one link": {machine{nics: []nic{up, down}, places: []place{plain, keep}, racks: []rackFile{{"a", 1, r("eno1")}}}, choice{0, []string{"eth0"}, 1}, true},
+		"the name of the rack file":     {machine{nics: []nic{up, other}, places: []place{keep}, racks: []rackFile{{"a", 0, r("eth2")}}}, choice{0, []string{"eth2"}, 0}, true},
+		"two links":                     {machine{nics: []nic{up, other}, places: []place{keep}, racks: []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{""}, 0}, false},
+		"no link":                       {machine{nics: []nic{down}, places: []place{keep}, racks: []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{""}, 0}, false},
+		"two networks, one wired":       {machine{nics: []nic{up}, places: []place{keep}, racks: []rackFile{{"a", 0, r("eth0", "eno2")}}}, choice{0, []string{"eth0", ""}, 0}, false},
+		"no label":                      {machine{nics: []nic{up}, places: []place{plain}, racks: []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{"eth0"}, -1}, false},
+		"two labels":                    {machine{nics: []nic{up}, places: []place{keep, keep}, racks: []rackFile{{"a", 0, r("eno1")}}}, choice{0, []string{"eth0"}, -1}, false},
+		"the rack file is elsewhere":    {machine{nics: []nic{up}, places: []place{keep, plain}, racks: []rackFile{{"a", 1, r("eno1")}}}, choice{0, []string{"eth0"}, 0}, false},
+		"two rack files":                {machine{nics: []nic{up}, places: []place{keep}, racks: []rackFile{{"a", 0, r("eno1")}, {"b", 0, r("eno1")}}}, choice{-1, nil, 0}, false},
+		"another one on the disc":       {machine{nics: []nic{up}, places: []place{keep}, racks: []rackFile{{"a", -1, r("eno1")}, {"b", 0, r("eno1")}}}, choice{1, []string{"eth0"}, 0}, true},
 		"nothing":                       {machine{}, choice{-1, nil, -1}, false},
 	} {
 		got, sure := c.m.propose()
@@ -51,14 +53,14 @@ func TestProposeOnlyWhatIsSure(t *testing.T) {
 // Whoever presses a key is asked everything; wrong answers are asked again.
 func TestDiscHostAsks(t *testing.T) {
 	m := machine{
-		[]nic{{"eth0", "52:54:00:00:00:01", true}, {"eth1", "52:54:00:00:00:02", true}},
-		[]place{{device: "/dev/sda1", kind: "vfat", label: keepLabel}},
-		[]rackFile{{"a.yaml", 0, &provision.Rack{Name: "one", Networks: []provision.Network{{Interface: "eth0"}}}}, {"b.yaml", 0, &provision.Rack{Name: "two", Networks: []provision.Network{{Interface: "eno1"}}}}},
+		nics:   []nic{{"eth0", "52:54:00:00:00:01", true}, {"eth1", "52:54:00:00:00:02", true}},
+		places: []place{{device: "/dev/sda1", kind: "vfat", label: keepLabel}},
+		racks:  []rackFile{{"a.yaml", 0, &provision.Rack{Name: "one", Networks: []provision.Network{{Interface: "eth0"}}}}, {"b.yaml", 0, &provision.Rack{Name: "two", Networks: []provision.Network{{Interface: "eno1"}}}}},
 	}
 	var out bytes.Buffer
-	o := discHostOptions{out: &out, wait: time.Hour}
+	o := discHostOptions{out: &out, wait: time.Hour, page: noPage}
 	ask := &asker{out: &out, in: bufio.NewReader(strings.NewReader("2\nseven\n9\n2\n1\nthe rest\n"))}
-	c, err := o.choose(t.Context(), &m, ask)
+	_, c, err := o.choose(t.Context(), m, ask)
 	if err != nil || c.rack != 1 || !slices.Equal(c.nics, []string{"eth1"}) || c.place != -1 {
 		t.Errorf("%+v, %v\n%s", c, err, &out)
 	}
@@ -73,10 +75,14 @@ func TestDiscHostAsks(t *testing.T) {
 	// Nobody is there: it begins by itself.
 	m.racks = m.racks[:1]
 	o.wait = time.Millisecond
-	c, err = o.choose(t.Context(), &m, &asker{out: &out, in: bufio.NewReader(neverReader{t.Context().Done()})})
+	_, c, err = o.choose(t.Context(), m, &asker{out: &out, in: bufio.NewReader(neverReader{t.Context().Done()})})
 	if err != nil || c.rack != 0 || c.place != 0 || !slices.Equal(c.nics, []string{"eth0"}) {
 		t.Errorf("%+v, %v", c, err)
 	}
+}
+
+func noPage(context.Context, machine, func(context.Context) (machine, error)) (*chooser, error) {
+	return nil, errors.New("no wire")
 }
 
 // neverReader is a console where nobody types.

@@ -48,7 +48,7 @@ Several labs run side by side. Labs need root.
 		}
 		return vmtest.Open(dir)
 	}
-	c.AddCommand(labUpCmd(&state), labStatusCmd(open), labConsoleCmd(open), labPowerCmd(open), labExecCmd(open), labDownCmd(&state))
+	c.AddCommand(labUpCmd(&state), labStatusCmd(open), labConsoleCmd(open), labPowerCmd(open), labInsertCmd(open), labExecCmd(open), labDownCmd(&state))
 	return c
 }
 
@@ -256,6 +256,21 @@ func converse(ctx context.Context, conn net.Conn, in io.Reader, out io.Writer) e
 		return err
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+}
+
+func labInsertCmd(open func() (*vmtest.Lab, error)) *cobra.Command {
+	return &cobra.Command{
+		Use:   "insert MACHINE FILE.iso",
+		Short: "Change the disc in a machine's first CD drive",
+		Args:  cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			lab, err := open()
+			if err != nil {
+				return err
+			}
+			return lab.Insert(c.Context(), args[0], args[1])
+		},
 	}
 }
 

@@ -243,7 +243,7 @@ func (b *builder) fixed(ctx context.Context) error {
 	for p, text := range pages {
 		every[p] = source{text: text}
 	}
-	first := map[string]source{"bin/platter": {from: b.Platter}}
+	first := map[string]source{Program: {from: b.Platter}}
 	for p, f := range b.Files {
 		first[p] = source{from: f}
 	}

@@ -122,7 +122,7 @@ func (b *builder) weights(v Volume) (string, error) {
 		fmt.Fprintf(&text, "%d /%s\n", w, p)
 		w--
 	}
-	for _, p := range []string{setFile, signatureFile, sumsFile, listFile, structureFile} {
+	for _, p := range []string{SetFile, signatureFile, sumsFile, listFile, structureFile} {
 		add(p)
 	}
 	for _, f := range v.Files {

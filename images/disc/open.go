@@ -77,9 +77,9 @@ func (d *Discs) add(path string) error {
 }
 
 func (d *Discs) take(v *volume) error {
-	manifest, err := readAll(v, setFile, maxManifest)
+	manifest, err := readAll(v, SetFile, maxManifest)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s is no volume of a set: it has no %s", v.source, setFile)
+		return fmt.Errorf("%s is no volume of a set: it has no %s", v.source, SetFile)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w: clean the disc and try again", v.source, err)
@@ -90,7 +90,7 @@ func (d *Discs) take(v *volume) error {
 	}
 	v.number = v.find()
 	if err := d.check(manifest, signature); err != nil {
-		return errors.Join(fmt.Errorf("%s: %s of volume %s is refused: %w", v.source, setFile, v.name(), err), v.locate(manifest, signature))
+		return errors.Join(fmt.Errorf("%s: %s of volume %s is refused: %w", v.source, SetFile, v.name(), err), v.locate(manifest, signature))
 	}
 	id := ID(manifest)
 	if d.Set == nil {

@@ -75,8 +75,9 @@ type File struct {
 
 // Where a volume has what.
 const (
-	setFile       = "platter/set.json"
-	signatureFile = setFile + ".minisig"
+	SetFile       = "platter/set.json" // on every volume
+	Program       = "bin/platter"      // on volume 1
+	signatureFile = SetFile + ".minisig"
 	sumsFile      = "platter/set.sums"
 	listFile      = "SHA256SUMS"
 	volumePrefix  = "platter/volume-"
@@ -248,7 +249,7 @@ func sums(manifest, signature []byte) []byte {
 	for _, f := range []struct {
 		name string
 		text []byte
-	}{{setFile, manifest}, {signatureFile, signature}} {
+	}{{SetFile, manifest}, {signatureFile, signature}} {
 		for at := 0; at < len(f.text); at += sumsPiece {
 			fmt.Fprintf(&b, "%x %d %s\n", sha256.Sum256(f.text[at:min(at+sumsPiece, len(f.text))]), at, f.name)
 		}
@@ -261,7 +262,7 @@ const sumsPiece = 4096
 // list is SHA256SUMS of a volume.
 func (v Volume) list(manifest, signature []byte) []byte {
 	hashes := map[string]string{
-		setFile: ID(manifest), signatureFile: ID(signature), sumsFile: ID(sums(manifest, signature)),
+		SetFile: ID(manifest), signatureFile: ID(signature), sumsFile: ID(sums(manifest, signature)),
 	}
 	for _, f := range v.Files {
 		hashes[f.Path] = f.Hash
@@ -276,6 +277,6 @@ func (v Volume) list(manifest, signature []byte) []byte {
 // derived are the files of the volume that follow from the manifest.
 func (v Volume) derived(manifest, signature []byte) map[string][]byte {
 	return map[string][]byte{
-		setFile: manifest, signatureFile: signature, sumsFile: sums(manifest, signature), listFile: v.list(manifest, signature),
+		SetFile: manifest, signatureFile: signature, sumsFile: sums(manifest, signature), listFile: v.list(manifest, signature),
 	}
 }

@@ -55,7 +55,7 @@ func gaps(extents []stretch, size int64) (out []stretch) {
 // structure are the lines about the ISO at i.
 func (v Volume) structure(i *iso, id string, size int64) ([]byte, error) {
 	var extents []stretch
-	paths := []string{setFile, signatureFile, sumsFile, listFile, structureFile}
+	paths := []string{SetFile, signatureFile, sumsFile, listFile, structureFile}
 	for _, f := range v.Files {
 		paths = append(paths, f.Path)
 	}

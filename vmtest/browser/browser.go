@@ -40,6 +40,7 @@ type Browser struct {
 	session string
 	id      int
 	answers chan message
+	loaded  chan struct{} // has one when a document was loaded
 
 	mu       sync.Mutex
 	console  []string
@@ -90,7 +91,7 @@ func Open(t testing.TB, address string, o Options) *Browser {
 	}
 	toR.Close()
 	fromW.Close()
-	b := &Browser{t: t, w: toW, answers: make(chan message)}
+	b := &Browser{t: t, w: toW, answers: make(chan message), loaded: make(chan struct{}, 1)}
 	go b.read(fromR)
 	t.Cleanup(func() {
 		fmt.Fprintf(b.w, `{"id":999999,"method":"Browser.close"}`+"\x00")
@@ -170,6 +171,11 @@ func (b *Browser) read(from io.Reader) {
 			b.requests = append(b.requests, p.Request.URL)
 		case "Network.webSocketCreated":
 			b.requests = append(b.requests, p.URL)
+		case "Page.loadEventFired":
+			select {
+			case b.loaded <- struct{}{}:
+			default:
+			}
 		case "Runtime.exceptionThrown":
 			b.console = append(b.console, string(m.Params))
 		case "Log.entryAdded":
@@ -293,6 +299,22 @@ func (b *Browser) Await(cond string) {
 	}
 }
 
+// Follow clicks on what leads to another document, and waits until that is there.
+func (b *Browser) Follow(selector string) {
+	b.t.Helper()
+	b.Await("performance.getEntriesByType('navigation')[0].loadEventEnd > 0") // of this one
+	select {
+	case <-b.loaded:
+	default:
+	}
+	b.Eval(fmt.Sprintf("document.querySelector(%q).click()", selector))
+	select {
+	case <-b.loaded:
+	case <-time.After(patience):
+		b.t.Fatalf("%s leads nowhere", selector)
+	}
+}
+
 // Text is what a user reads in the element.
 func (b *Browser) Text(selector string) string {
 	b.t.Helper()
@@ -318,15 +340,15 @@ func (b *Browser) Press(key string, code int) {
 	}
 }
 
-// Choose puts a file into the page's field for files.
-func (b *Browser) Choose(selector, file string) {
+// Choose puts files into the page's field for files.
+func (b *Browser) Choose(selector string, files ...string) {
 	b.t.Helper()
 	var r struct{ Result struct{ ObjectID string } }
 	b.Call("Runtime.evaluate", map[string]any{"expression": fmt.Sprintf("document.querySelector(%q)", selector)}, &r)
 	if r.Result.ObjectID == "" {
 		b.t.Fatalf("the page has no %s", selector)
 	}
-	b.Call("DOM.setFileInputFiles", map[string]any{"objectId": r.Result.ObjectID, "files": []string{file}}, nil)
+	b.Call("DOM.setFileInputFiles", map[string]any{"objectId": r.Result.ObjectID, "files": files}, nil)
 }
 
 // Screenshot writes a picture of the page, as PNG, for people to look at.
