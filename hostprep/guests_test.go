@@ -1,6 +1,8 @@
 package hostprep
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -285,6 +287,8 @@ func TestGuests(t *testing.T) {
 		t.Errorf("ports %v", got)
 	}
 
+	unheard(t, l, "web")
+
 	for _, want := range []string{"still running, ended now: mail, web", "guests: none runs"} {
 		rep = &heard{}
 		if err := host.StopGuests(ctx, rep); err != nil {
@@ -294,5 +298,58 @@ func TestGuests(t *testing.T) {
 		if got := rows(); len(got) > 0 {
 			t.Errorf("left over: %v", got)
 		}
+	}
+}
+
+// unheard has libvirt tell of changes at the moment at which nobody listens any
+// more: what is asked on the same connection after that is answered all the same.
+func unheard(t *testing.T, l *libvirt.Libvirt, name string) {
+	t.Helper()
+	d, err := l.DomainLookupByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	toggled := make(chan error, 1)
+	ended := make(chan struct{})
+	go func() {
+		for {
+			select {
+			case <-ended:
+				toggled <- nil
+				return
+			default:
+			}
+			if err := errors.Join(l.DomainSuspend(d), l.DomainResume(d)); err != nil {
+				toggled <- err
+				return
+			}
+		}
+	}()
+	within, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	conn, err := virt.Dial(within, virt.Sockets...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for i := range 200 {
+		listening, stop := context.WithCancel(within)
+		changes, err := conn.Changes(listening)
+		if err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-changes:
+		case <-within.Done():
+			t.Fatalf("the %d. time: no change is told", i+1)
+		}
+		stop()
+		if _, err := conn.Domains(); err != nil {
+			t.Fatalf("the %d. time: %v", i+1, err)
+		}
+	}
+	close(ended)
+	if err := <-toggled; err != nil {
+		t.Error(err)
 	}
 }
