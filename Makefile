@@ -133,9 +133,15 @@ bench: image ## install beside an unverified floor, the service beside one start
 	$(GO) test -tags bench -timeout 60m -v -run TestBench ./vmtest
 
 .PHONY: soak
-soak: image build/.test-deps ## many reboots and power cuts of a prepared host with VMs, beside the stock image; BOOTS=50
-	PLATTER_SOAK=$(BOOTS) $(GO) test -tags soak -timeout 12h -v -run TestSoak ./vmtest
+soak: image build/.test-deps ## many reboots and power cuts of a prepared host with VMs, beside the stock image; BOOTS=50. Ended by Ctrl-C it goes on next time
+	PLATTER_SOAK=$(BOOTS) PLATTER_SOAK_DIR=$(CURDIR)/build/soak $(GO) test -tags soak -timeout 12h -v -run TestSoak ./vmtest
+	rm -rf build/soak
+
+.PHONY: soak-down
+soak-down: ## take away the host of a soak that was not finished
+	[ ! -e build/soak/lab ] || bin/platter lab down --state build/soak/lab --purge
+	rm -rf build/soak
 
 .PHONY: clean
-clean: demo-down ## remove everything built
+clean: demo-down soak-down ## remove everything built
 	rm -rf bin build

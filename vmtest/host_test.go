@@ -157,13 +157,19 @@ func (h host) falls(how string) {
 	} else {
 		h.try("systemctl reboot") // the connection may end first
 	}
+	h.answers(before)
+}
+
+// answers returns once the host does, in another boot than the one named.
+func (h host) answers(before string) {
+	h.t.Helper()
 	for began := time.Now(); ; {
 		out, err := h.try("cat /proc/sys/kernel/random/boot_id")
 		if id := strings.TrimSpace(out); err == nil && id != before {
 			break
 		}
 		if time.Since(began) > stall {
-			h.t.Fatalf("the host did not come back after %s: %v %s", how, err, out)
+			h.t.Fatalf("the host does not answer: %v %s", err, out)
 		}
 		if err != nil {
 			time.Sleep(time.Second) // refused at once: between two tries, not for an event
@@ -261,23 +267,36 @@ func (h host) names() string {
 	return strings.Join(names, " ")
 }
 
-// newHost installs a node with two bridges.
+// newHost installs a host.
 func newHost(t *testing.T, guests []guest) host {
 	t.Helper()
-	r := newRig(t, fmt.Sprintf(labHead, "host")+`
+	h := host{hostRig(t, t.TempDir()), hostAddress, guests}
+	h.install()
+	return h
+}
+
+const hostAddress = "10.77.0.11"
+
+// hostRig has one machine, whose host gets three bridges.
+func hostRig(t *testing.T, dir string) *rig {
+	t.Helper()
+	return newRigIn(t, dir, "../build/store", fmt.Sprintf(labHead, "host")+`
   - {name: node1, mac: "52:54:00:77:05:01", cpus: 2, memory: 4GiB, disks: [{size: 8GiB, serial: one}]}
 `, strings.Replace(rackHead, "nodes:", "host: {bridges: [{name: br-a}, {name: br-b}, {name: br-c}], guests: {stop-within: 5s}}\nnodes:", 1)+`
-  - {name: node1, mac: "52:54:00:77:05:01", address: 10.77.0.11}
+  - {name: node1, mac: "52:54:00:77:05:01", address: `+hostAddress+`}
 `)
-	r.power("on", "node1")
-	r.await("the host is prepared", stageIs("node1", provision.StageJoining))
-	h := host{r, "10.77.0.11", guests}
+}
+
+// install brings the machine from power-on to a prepared host.
+func (h host) install() {
+	h.t.Helper()
+	h.power("on", "node1")
+	h.await("the host is prepared", stageIs("node1", provision.StageJoining))
 	// The messaging service is tested elsewhere; its start is half of a boot.
 	// Masked, not disabled, and killed, not stopped: the one reloads systemd again and
 	// again, the other is an orderly end of what has just begun; both take minutes.
 	h.script(`all="nginx ejabberd haproxy patroni etcd"
 systemctl -q mask $all; systemctl -q kill -s KILL $all || true; systemctl -q stop $all`)
-	return h
 }
 
 // files is every file that says how the host starts: its mode, owner, link and

@@ -34,6 +34,7 @@ type rig struct {
 	serve *exec.Cmd
 	extra []string // arguments of serve
 	page  string   // base URL of the page
+	keep  bool     // the test ends, and another goes on with what is in dir
 }
 
 func newRig(t *testing.T, lab, rack string) *rig {
@@ -44,22 +45,33 @@ func newRig(t *testing.T, lab, rack string) *rig {
 // newRigOn is newRig with a store of its own, and further arguments for serve.
 func newRigOn(t *testing.T, store, lab, rack string, serve ...string) *rig {
 	t.Helper()
+	return newRigIn(t, t.TempDir(), store, lab, rack, serve...)
+}
+
+// newRigIn is newRigOn with a folder that may have what an earlier rig kept.
+func newRigIn(t *testing.T, dir, store, lab, rack string, serve ...string) *rig {
+	t.Helper()
 	repo, err1 := filepath.Abs("..")
 	store, err2 := filepath.Abs(store)
 	if err := errors.Join(err1, err2); err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
 	r := &rig{t: t, repo: repo, dir: dir, lab: filepath.Join(dir, "lab"), store: store, extra: serve}
 	r.op = client.NewOperator(filepath.Join(dir, "socket"))
 	r.write("lab.yaml", lab)
 	r.write("rack.yaml", rack)
-	r.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, "key"))
+	if _, err := os.Stat(filepath.Join(dir, "key.pub")); err != nil {
+		r.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, "key"))
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			r.keepEvidence()
 		}
 		r.stopServe(syscall.SIGTERM)
+		if r.keep {
+			exec.Command(r.bin(), "lab", "power", "off", "all", "--state", r.lab).Run()
+			return
+		}
 		out, err := exec.Command(r.bin(), "lab", "down", "--state", r.lab, "--purge").CombinedOutput()
 		if err != nil {
 			t.Errorf("lab down: %v\n%s", err, out)
