@@ -411,7 +411,12 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 		if err := unix.Unmount(p.dir, 0); err != nil {
 			return fmt.Errorf("%s is in use: %w", p.device, err)
 		}
-		if err := mountPlace(p, unix.MS_SYNCHRONOUS); err != nil {
+		// What has to last is synchronised as it is written; FAT's folders are not.
+		flags := uintptr(0)
+		if p.kind == "vfat" {
+			flags = unix.MS_SYNCHRONOUS
+		}
+		if err := mountPlace(p, flags); err != nil {
 			return fmt.Errorf("%s cannot be mounted to be written to, is it write-protected? %w", p.device, err)
 		}
 		state = filepath.Join(p.dir, stateFolder)
@@ -522,22 +527,32 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 			first, left = false, slices.DeleteFunc(o.drives(), func(d string) bool { return d == o.device })
 			return o.disc, nil
 		}
-		for {
-			// A drive does not let go of a disc that is mounted.
-			if err := unix.Unmount(o.disc, 0); err != nil && !errors.Is(err, unix.EINVAL) {
-				return "", fmt.Errorf("the disc in %s is in use and cannot be changed: leave the shell that is in it: %w", o.device, err)
-			}
-			if dev := o.mount(&left, disc.SetFile); dev != "" {
-				fmt.Fprintf(o.out, "Reading %s.\n", dev)
-				return o.disc, nil
-			}
+		// A drive does not let go of a disc that is mounted.
+		if err := unix.Unmount(o.disc, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+			return "", fmt.Errorf("the disc in %s is in use and cannot be changed: leave the shell that is in it: %w", o.device, err)
+		}
+		dev := o.mount(&left, disc.SetFile)
+		for dev == "" {
 			eject(o.device)
 			fmt.Fprintln(o.out, "Change the disc and press Enter.")
 			if _, err := ask.line(ctx); err != nil {
 				return "", err
 			}
-			left = o.drives() // all of them: a stick is another device each time
+			// A drive that has just been closed is not ready yet, and no event tells when it is.
+			for end := time.Now().Add(spinUp); dev == "" && time.Now().Before(end); {
+				left = o.drives() // all of them: a stick is another device each time
+				if dev = o.mount(&left, disc.SetFile); dev == "" {
+					if err := provision.Sleep(ctx, time.Second); err != nil {
+						return "", err
+					}
+				}
+			}
+			if dev == "" {
+				fmt.Fprintf(o.out, "No drive has a disc of Platter that can be read.\n")
+			}
 		}
+		fmt.Fprintf(o.out, "Reading %s.\n", dev)
+		return o.disc, nil
 	}, func(d *disc.Discs, got *disc.Imported, err error) {
 		if got != nil {
 			sayImported(o.out, d, got)
@@ -548,12 +563,18 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 	})
 }
 
+// spinUp is how long a drive may take to read a disc that was put into it.
+const spinUp = 20 * time.Second
+
 // drives are the devices that may hold a volume.
 func (o discHostOptions) drives() (out []string) {
 	dirs, _ := filepath.Glob("/sys/class/block/*")
 	for _, dir := range dirs {
 		name := filepath.Base(dir)
-		if _, err := os.Stat(filepath.Join(dir, "partition")); err != nil && !strings.HasPrefix(name, "ram") && !strings.HasPrefix(name, "loop") {
+		if _, err := os.Stat(filepath.Join(dir, "partition")); err == nil || strings.HasPrefix(name, "ram") || strings.HasPrefix(name, "loop") {
+			continue
+		}
+		if kind, _, _ := fileSystem("/dev/" + name); kind == "" {
 			out = append(out, "/dev/"+name)
 		}
 	}
