@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/klauspost/compress/gzip"
+
 	"platter/images"
 	"platter/provision"
 )
@@ -243,11 +245,18 @@ func (b *builder) fixed(ctx context.Context) error {
 	for p, text := range pages {
 		every[p] = source{text: text}
 	}
-	first := map[string]source{Program: {from: b.Platter}}
+	first := map[string]source{}
 	for p, f := range b.Files {
 		first[p] = source{from: f}
 	}
-	if b.Have == nil { // nobody starts anything from a patch
+	if b.Have != nil { // nobody starts anything from a patch
+		packed := filepath.Join(b.work, "platter.gz")
+		if err := gzipped(b.Platter, packed); err != nil {
+			return err
+		}
+		first[packedProgram] = source{from: packed}
+	} else {
+		first[Program] = source{from: b.Platter}
 		first["bin/platter-node"] = source{from: b.Node}
 		for _, f := range loaders {
 			first["ipxe/"+f] = source{from: filepath.Join(b.IPXE, f)}
@@ -281,6 +290,26 @@ func (b *builder) extract(o provision.Object, to string) error {
 	}
 	defer from.Close()
 	return writeAll(to, from)
+}
+
+// gzipped packs a file: the same bytes for the same bytes.
+func gzipped(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	r, w := io.Pipe()
+	defer r.Close()
+	go func() {
+		z, err := gzip.NewWriterLevel(w, gzip.BestCompression)
+		if err == nil {
+			_, err = io.Copy(z, in)
+			err = errors.Join(err, z.Close())
+		}
+		w.CloseWithError(err)
+	}()
+	return writeAll(to, r)
 }
 
 func writeAll(to string, r io.Reader) error {

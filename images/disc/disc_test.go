@@ -777,6 +777,14 @@ func TestPatch(t *testing.T) {
 		t.Errorf("the patched store is %s, that of the whole set %s", got.Hash, want.Hash)
 	}
 	whole(t, site)
+	// The program is there, to be unpacked.
+	bin := t.TempDir()
+	if err := s.open(site, patch.Volumes...).Extract("bin", bin); err != nil {
+		t.Error(err)
+	}
+	if got := run(t, "", "gzip", "-dc", filepath.Join(bin, "platter.gz")); got != string(must[[]byte](t)(os.ReadFile(o.Platter))) {
+		t.Error("the program that comes with the patch is another one")
+	}
 	// It cannot be served from, and says so.
 	mounted := must[*images.Store](t)(images.Open(filepath.Join(t.TempDir(), "s"), s.open(site, patch.Volumes...)))
 	if _, _, err := mounted.Image("debian-13"); err == nil || !strings.Contains(err.Error(), "disc import") {

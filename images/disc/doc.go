@@ -18,7 +18,7 @@
 // content says so. The manifest lists the chunks of every object and those of every
 // file of every volume, so a chunk is wherever some file has it, once, and every
 // byte of a file is covered. A patch is a set that lacks the chunks which a site
-// has already.
+// has already; it does not boot, and has the program packed, bin/platter.gz.
 //
 // Build makes a set, Open reads volumes that are mounted, ISO files or drives,
 // Verify compares every byte, Import brings a set into a store, volume by volume,

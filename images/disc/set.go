@@ -76,7 +76,8 @@ type File struct {
 // Where a volume has what.
 const (
 	SetFile       = "platter/set.json" // on every volume
-	Program       = "bin/platter"      // on volume 1
+	Program       = "bin/platter"      // on volume 1 of a whole set
+	packedProgram = Program + ".gz"    // on volume 1 of a patch
 	signatureFile = SetFile + ".minisig"
 	sumsFile      = "platter/set.sums"
 	listFile      = "SHA256SUMS"
