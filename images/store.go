@@ -262,15 +262,15 @@ func (s *Store) readRef(name string) (ref, error) {
 	if !refName.MatchString(name) {
 		return ref{}, fmt.Errorf("%q is no image name: use a-z, 0-9, '.', '_' and '-'", name)
 	}
+	for _, src := range s.sources {
+		digest, signature, err := src.Ref(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		return ref{Digest: digest, signature: signature}, err
+	}
 	b, err := os.ReadFile(filepath.Join(s.dir, "refs", name))
 	if errors.Is(err, fs.ErrNotExist) {
-		for _, src := range s.sources {
-			digest, signature, err := src.Ref(name)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			return ref{Digest: digest, signature: signature}, err
-		}
 		have, _ := s.Refs()
 		return ref{}, fmt.Errorf("%s is not in the image store %s (it has: %s): build it with 'platter image' or name another store: %w", name, s.dir, strings.Join(have, ", "), fs.ErrNotExist)
 	}

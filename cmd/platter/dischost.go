@@ -187,6 +187,8 @@ func (o discHostOptions) run(ctx context.Context) error {
 		}
 		if err != nil {
 			fmt.Fprintf(o.out, "\nIT DOES NOT SERVE\n%v\n", err)
+		} else {
+			fmt.Fprintf(o.out, "\nIt serves no longer: it was stopped, or the rack was handed over to a node.\n")
 		}
 		for again := false; !again; {
 			fmt.Fprintf(o.out, "\nEnter: begin again. 's' and Enter: a shell.\n")
@@ -448,6 +450,7 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 		if err := netlink.AddrReplace(link, addr); err != nil {
 			return fmt.Errorf("interface %s cannot be given the address %s: %w", c.nics[i], nw.DiscHost, err)
 		}
+		defer netlink.AddrDel(link, addr) // somebody else may have it next, or another interface
 		so.interfaces[nw.Interface] = c.nics[i]
 	}
 	log, err := os.OpenFile(filepath.Join(state, "serve.log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
@@ -504,8 +507,11 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 			return err
 		}
 		defer d.Close()
-		blocked := d.Blocked()
-		if len(blocked[image]) == 0 && len(blocked["boot/amd64"]) == 0 {
+		lacks := false
+		for name, volumes := range d.Blocked() {
+			lacks = lacks || len(volumes) > 0 && (name == image || name == "boot/amd64" || strings.HasPrefix(name, "stack"))
+		}
+		if !lacks {
 			so.discs = []string{o.disc}
 			return nil
 		}
@@ -534,9 +540,15 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 		dev := o.mount(&left, disc.SetFile)
 		for dev == "" {
 			eject(o.device)
-			fmt.Fprintln(o.out, "Change the disc and press Enter.")
-			if _, err := ask.line(ctx); err != nil {
+			fmt.Fprintln(o.out, "Change the disc and press Enter. 's' and Enter: a shell; 'q' and Enter: choose anew, what was copied stays.")
+			switch line, err := ask.line(ctx); {
+			case err != nil:
 				return "", err
+			case line == "s":
+				o.shell(ctx)
+				continue
+			case line == "q":
+				return "", errors.New("not all volumes were copied")
 			}
 			// A drive that has just been closed is not ready yet, and no event tells when it is.
 			for end := time.Now().Add(spinUp); dev == "" && time.Now().Before(end); {

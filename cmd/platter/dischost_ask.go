@@ -29,7 +29,11 @@ func (o discHostOptions) choose(ctx context.Context, m machine, ask *asker) (mac
 		fmt.Fprintf(o.out, "\nThere is no page to choose on: %v\n", err)
 		page = new(chooser) // one that nobody gets into
 	}
-	defer page.close()
+	defer func() {
+		page.close()
+		one.Lock() // a look of the page ends with it
+		one.Unlock()
+	}()
 	type answer struct {
 		m   machine
 		c   choice
@@ -42,7 +46,11 @@ func (o discHostOptions) choose(ctx context.Context, m machine, ask *asker) (mac
 	}()
 	select {
 	case a := <-console:
-		return a.m, a.c, a.err
+		if a.err != nil || page.overtake() {
+			return a.m, a.c, a.err
+		}
+		on := <-page.chosen // a moment earlier
+		return on.m, on.c, nil
 	case on := <-page.chosen:
 		cancel()
 		<-console // it says nothing more
@@ -91,9 +99,22 @@ func (o discHostOptions) chooseHere(ctx context.Context, m machine, ask *asker, 
 			names = append(names, n.String())
 		}
 		for i, nw := range m.racks[c.rack].rack.Networks {
-			k := slices.IndexFunc(m.nics, func(n nic) bool { return n.name == c.nics[i] })
-			if k, err = ask.one(ctx, fmt.Sprintf("Which interface is wired to the network %s (%s in the rack file)?", nw.Subnet, nw.Interface), names, max(k, 0)); err != nil {
-				return m, c, err
+			free := func(n nic) bool { return !slices.Contains(c.nics[:i], n.name) }
+			k := slices.IndexFunc(m.nics, func(n nic) bool { return n.name == c.nics[i] && free(n) })
+			if k < 0 {
+				k = slices.IndexFunc(m.nics, free)
+			}
+			if k < 0 {
+				return m, c, fmt.Errorf("the rack file has %d networks and this machine %d %s: use another machine, or another rack file", len(c.nics), len(m.nics), plural(len(m.nics), "interface"))
+			}
+			for {
+				if k, err = ask.one(ctx, fmt.Sprintf("Which interface is wired to the network %s (%s in the rack file)?", nw.Subnet, nw.Interface), names, k); err != nil {
+					return m, c, err
+				}
+				if free(m.nics[k]) {
+					break
+				}
+				fmt.Fprintf(o.out, "%s is wired to another network already.\n", m.nics[k].name)
 			}
 			c.nics[i] = m.nics[k].name
 		}
@@ -155,18 +176,25 @@ func (a *asker) line(ctx context.Context) (string, error) {
 func (a *asker) pressed(ctx context.Context, d time.Duration, stop <-chan struct{}) (bool, error) {
 	t := time.NewTimer(d)
 	defer t.Stop()
-	select {
-	case got := <-a.ask():
-		a.pending = nil
-		return got.err == nil, nil
-	case <-t.C:
-		return false, nil
-	case <-stop:
-		fmt.Fprintln(a.out, "Somebody chooses on the page. Press Enter to choose here.")
-		_, err := a.line(ctx)
-		return err == nil, err
-	case <-ctx.Done():
-		return false, ctx.Err()
+	pending := a.ask()
+	for {
+		select {
+		case got := <-pending:
+			a.pending = nil
+			if got.err == nil {
+				return true, nil
+			}
+			pending = nil // there is no console: nobody presses anything
+			continue
+		case <-t.C:
+			return false, nil
+		case <-stop:
+			fmt.Fprintln(a.out, "Somebody chooses on the page. Press Enter to choose here.")
+			_, err := a.line(ctx)
+			return err == nil, err
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
 	}
 }
 

@@ -200,6 +200,15 @@ func (p *chooser) certify(addrs []netip.Addr) (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
 }
 
+// overtake closes the choice for the page, unless somebody has chosen on it.
+func (p *chooser) overtake() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	free := !p.done
+	p.done = true
+	return free
+}
+
 // close ends the page and takes its addresses away.
 func (p *chooser) close() {
 	for _, f := range slices.Backward(p.undo) {
@@ -252,6 +261,11 @@ func (p *chooser) handler() http.Handler {
 	mux := http.NewServeMux()
 	page := func(pattern string, f func(r *http.Request, v *view) (status int)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			// What somebody sends slowly keeps nobody else waiting.
+			parsed := r.ParseForm()
+			if p.known(r) && r.MultipartForm == nil && strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/") {
+				parsed = r.ParseMultipartForm(uploadLimit)
+			}
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			h := w.Header()
@@ -263,6 +277,8 @@ func (p *chooser) handler() http.Handler {
 			status := http.StatusOK
 			switch {
 			case p.done:
+			case p.known(r) && parsed != nil:
+				v.Problem, status = fmt.Sprintf("What was sent did not arrive: %v. Files may have 1 MiB together.", parsed), http.StatusBadRequest
 			case p.known(r):
 				status = f(r, &v)
 			case p.tries >= chooserTries:
@@ -366,8 +382,8 @@ func (p *chooser) upload(r *http.Request, v *view) int {
 		v.Problem = fmt.Sprintf(format, args...)
 		return status
 	}
-	if err := r.ParseMultipartForm(uploadLimit); err != nil {
-		return refuse(http.StatusBadRequest, "The files did not arrive: %v. Together they may have 1 MiB.", err)
+	if r.MultipartForm == nil {
+		return refuse(http.StatusBadRequest, "No files came.")
 	}
 	dir := p.uploads + ".new"
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {

@@ -72,6 +72,25 @@ func TestDiscHostAsks(t *testing.T) {
 	if rest, _ := ask.in.ReadString('\n'); rest != "the rest\n" {
 		t.Errorf("more was read than was asked for: left is %q", rest)
 	}
+	// Two networks are not wired to one interface.
+	two := m
+	two.racks = []rackFile{{"c.yaml", 0, &provision.Rack{Name: "three", Networks: []provision.Network{{Interface: "eno1"}, {Interface: "eno2"}}}}}
+	out.Reset()
+	_, c, err = o.choose(t.Context(), two, &asker{out: &out, in: bufio.NewReader(strings.NewReader("1\n2\n2\n1\n\n"))})
+	if err != nil || !slices.Equal(c.nics, []string{"eth1", "eth0"}) || !strings.Contains(out.String(), "eth1 is wired to another network already") {
+		t.Errorf("%+v, %v\n%s", c, err, &out)
+	}
+	two.nics = two.nics[:1]
+	if _, _, err := o.choose(t.Context(), two, &asker{out: &out, in: bufio.NewReader(strings.NewReader("1\n1\n"))}); err == nil || !strings.Contains(err.Error(), "2 networks and this machine 1 interface") {
+		t.Errorf("one interface for two networks: %v", err)
+	}
+	// Without a console it waits as long as with one.
+	if began := time.Now(); true {
+		pressed, err := (&asker{out: &out, in: bufio.NewReader(strings.NewReader(""))}).pressed(t.Context(), 50*time.Millisecond, nil)
+		if pressed || err != nil || time.Since(began) < 50*time.Millisecond {
+			t.Errorf("%v, %v after %s", pressed, err, time.Since(began))
+		}
+	}
 	// Nobody is there: it begins by itself.
 	m.racks = m.racks[:1]
 	o.wait = time.Millisecond
@@ -109,5 +128,17 @@ func TestFileSystem(t *testing.T) {
 		if err != nil || kind != c.kind || label != c.label {
 			t.Errorf("%s: %q %q, %v", c.make, kind, label, err)
 		}
+	}
+}
+
+func TestRewire(t *testing.T) {
+	for range 20 { // the order of a map is another each time
+		networks := []provision.Network{{Interface: "eth0"}, {Interface: "eth1"}, {Interface: "eth2"}}
+		if err := rewire(networks, map[string]string{"eth0": "eth1", "eth1": "eth0"}); err != nil || networks[0].Interface != "eth1" || networks[1].Interface != "eth0" || networks[2].Interface != "eth2" {
+			t.Fatalf("%+v, %v", networks, err)
+		}
+	}
+	if err := rewire(nil, map[string]string{"eth9": "eth0"}); err == nil || !strings.Contains(err.Error(), "names no interface eth9") {
+		t.Errorf("an unknown interface: %v", err)
 	}
 }

@@ -96,12 +96,8 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 	if err != nil {
 		return err
 	}
-	for from, to := range o.interfaces {
-		i := slices.IndexFunc(rack.Networks, func(n provision.Network) bool { return n.Interface == from })
-		if i < 0 {
-			return fmt.Errorf("--interface %s=%s: the rack file names no interface %s", from, to, from)
-		}
-		rack.Networks[i].Interface = to
+	if err := rewire(rack.Networks, o.interfaces); err != nil {
+		return err
 	}
 	place.apply(rack)
 	if os.Geteuid() != 0 {
@@ -180,6 +176,20 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 		return nil
 	}
 	return err
+}
+
+// rewire puts other interfaces in the place of those that the rack file names; two
+// may change places.
+func rewire(networks []provision.Network, interfaces map[string]string) error {
+	for from, to := range interfaces {
+		if !slices.ContainsFunc(networks, func(n provision.Network) bool { return n.Interface == from }) {
+			return fmt.Errorf("--interface %s=%s: the rack file names no interface %s", from, to, from)
+		}
+	}
+	for i, n := range networks {
+		networks[i].Interface = cmp.Or(interfaces[n.Interface], n.Interface)
+	}
+	return nil
 }
 
 // openImages opens the store and the discs to serve from.

@@ -819,6 +819,17 @@ func TestServeFromDiscs(t *testing.T) {
 	if err := all.CheckSignature(must[[]byte](t)(os.ReadFile(filepath.Join(s.store.Dir(), "objects", ref.Digest))), []byte(sig)); err != nil {
 		t.Error(err)
 	}
+	// What the discs have counts, and not what was kept of an earlier set.
+	earlier := s.site()
+	if err := os.CopyFS(earlier.Dir(), os.DirFS(s.store.Dir())); err != nil && !errors.Is(err, fs.ErrExist) {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(earlier.Dir(), "refs/debian-13"), []byte(`{"digest":"`+strings.Repeat("0", 64)+`"}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if now, _, err := must[*images.Store](t)(images.Open(earlier.Dir(), s.open(st, set.Volumes...))).Image("debian-13"); err != nil || now.Digest != ref.Digest {
+		t.Errorf("the disc has %s, served is %s, %v", ref.Digest, now.Digest, err)
+	}
 	// All of it as the files of a folder: a store of its own.
 	copied := filepath.Join(t.TempDir(), "copied")
 	files, err := all.Files()
@@ -992,10 +1003,11 @@ func FuzzRead(f *testing.F) {
 func TestGatherWithOneDrive(t *testing.T) {
 	s, set, _ := shared(t)
 	st := s.site()
-	drive := []string{set.Volumes[1], t.TempDir(), set.Volumes[1], set.Volumes[2], set.Volumes[0]}
-	want := [][]int{nil, {1, 3}, {1, 3}, {1, 3}, {1}}
+	other := s.build("0.1", 1<<30) // what is not of the set changes nothing
+	drive := []string{set.Volumes[1], t.TempDir(), set.Volumes[1], other.Volumes[0], set.Volumes[2], set.Volumes[0]}
+	want := [][]int{nil, {1, 3}, {1, 3}, {1, 3}, {1, 3}, {1}}
 	failed, n := 0, 0
-	err := Gather(t.Context(), ImportOptions{Store: st, Progress: func(int64, int64) {}}, func(_ context.Context, missing []int) (string, error) {
+	err := Gather(t.Context(), ImportOptions{Store: st, Instead: true, Older: true, Progress: func(int64, int64) {}}, func(_ context.Context, missing []int) (string, error) {
 		if n >= len(drive) {
 			return "", errors.New("asked again")
 		}
@@ -1009,7 +1021,7 @@ func TestGatherWithOneDrive(t *testing.T) {
 			failed++
 		}
 	})
-	if err != nil || n != len(drive) || failed != 1 {
+	if err != nil || n != len(drive) || failed != 2 {
 		t.Errorf("%d volumes, %d failed, %v", n, failed, err)
 	}
 	whole(t, st)
