@@ -96,8 +96,8 @@ type ref struct {
 	signature []byte // where a source said it
 }
 
-// Open opens the store at dir and makes its folders if they are missing. What it
-// lacks is looked for in sources, in their order.
+// Open opens the store at dir and makes its folders if they are missing. Names are
+// looked for in sources first, in their order; objects that it lacks are theirs.
 func Open(dir string, sources ...Source) (*Store, error) {
 	for _, d := range []string{"objects", "refs", "keys"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
