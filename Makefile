@@ -113,13 +113,21 @@ unit: build/.test-deps ## unit tests and fuzz seeds, with the race detector
 	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./...
 
 .PHONY: e2e
-e2e: image build/.test-deps ## racks of VMs and of boxes, side by side: boxes wait more than they work
-	$(MAKE) -j2 vms boxes
+e2e: image build/.test-deps ## racks of VMs and of boxes, boxes first, which wait more than they work; then VMs, which want a core each
+	$(MAKE) -j2 refusals boxes
+	$(MAKE) -j2 host-vms rack-vms
 
-.PHONY: vms
-vms: image build/.test-deps build/programs/platter build/programs/platter-node ## VMs: a disc that boots, a rack from power-on to a chat message, a prepared host
-	$(GO) test -tags e2e -timeout 50m -v -run 'TestRefus|TestServe|TestHost' ./vmtest
-	$(GO) test -tags e2e -timeout 50m -v -parallel 2 -run 'TestRack|TestDisc' ./vmtest # last: they want both cores
+.PHONY: refusals
+refusals: image build/.test-deps ## VMs that are refused an install, and rack files that are
+	$(GO) test -tags e2e -timeout 50m -v -run 'TestRefus|TestServe' ./vmtest
+
+.PHONY: host-vms
+host-vms: image build/.test-deps ## a VM that is a prepared host, with VMs of its own
+	$(GO) test -tags e2e -timeout 50m -v -run 'TestHost' ./vmtest
+
+.PHONY: rack-vms
+rack-vms: image build/.test-deps build/programs/platter build/programs/platter-node ## VMs: a disc that boots, a rack from power-on to a chat message
+	$(GO) test -tags e2e -timeout 50m -v -parallel 1 -run 'TestRack|TestDisc' ./vmtest
 
 .PHONY: boxes
 boxes: image build/.test-deps ## the service on the image's own systemd in namespaces, and clusters of real ejabberd

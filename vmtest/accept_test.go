@@ -33,7 +33,7 @@ func TestStackAccept(t *testing.T) {
 	}
 	t.Log(summary(report))
 	o := report.Outage
-	if o == nil || o.Node != "node3" || o.Load.Reconnects < 20 || o.Back <= 0 || o.Whole <= 0 || o.Ledger.Accepted < 100 || o.Ledger.Lost != 0 {
+	if o == nil || o.Node != "node3" || o.Load.Reconnects < 20 || o.Back < 0 || o.Whole <= 0 || o.Ledger.Accepted < 100 || o.Ledger.Lost != 0 {
 		t.Errorf("%+v", o)
 	}
 	for _, n := range report.Nodes {
