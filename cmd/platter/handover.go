@@ -94,41 +94,40 @@ func handOver(ctx context.Context, op *client.Operator, node string, req provisi
 	return awaitTaken(ctx, op, node, out, progress)
 }
 
-// awaitTaken waits until the disc host on this machine has ended, having been
-// handed over.
+// awaitTaken waits until the disc host on this machine has ended, and tells whether
+// this machine may leave: only when the node is known to have the receipt.
 func awaitTaken(ctx context.Context, op *client.Operator, node string, out, progress io.Writer) error {
-	marked, silent, said := false, 0, false
-	for {
+	var marked, taken bool
+	for silent := 0; silent <= 10; { // between both of its lives it does not answer for a moment
 		m, err := op.HandedOver(ctx)
 		var e *client.Error
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case err == nil && m != nil && m.Taken:
-			marked = true
-			silent = 0
-		case err == nil && m != nil:
-			if marked, silent = true, 0; !said {
-				said = true
-				fmt.Fprintf(progress, "%s is the disc host: waiting until it has taken over\n", node)
-			}
-		case err == nil:
+		case err == nil && m == nil:
 			return fmt.Errorf("the disc host was started again before %s had it: see 'platter node orders %s'", node, node)
 		case errors.As(err, &e) && e.Code == client.CodeNotRunning:
-			silent++ // between both of its lives it does not answer for a moment
+			silent++
 		default:
 			silent = 0
-		}
-		if silent > 10 && marked {
-			fmt.Fprintf(out, "%s is the disc host of the rack. This machine is not any more, and may leave.\n", node)
-			return nil
-		}
-		if silent > 10 {
-			return fmt.Errorf("the disc host on this machine has ended: start 'platter serve' again, it knows whether it was handed over to %s", node)
+			if m != nil && !marked {
+				marked = true
+				fmt.Fprintf(progress, "%s is the disc host: waiting until it has taken over\n", node)
+			}
+			taken = taken || m != nil && m.Taken
 		}
 		if err := provision.Sleep(ctx, 200*time.Millisecond); err != nil {
 			return err
 		}
+	}
+	switch {
+	case taken:
+		fmt.Fprintf(out, "%s is the disc host of the rack. This machine is not any more, and may leave.\n", node)
+		return nil
+	case marked:
+		return fmt.Errorf("the disc host on this machine ended before it was known that %s has the receipt, without which %s does not serve: start 'platter serve' again on this machine, and do not switch it off", node, node)
+	default:
+		return fmt.Errorf("the disc host on this machine has ended: start 'platter serve' again, it knows whether it was handed over to %s", node)
 	}
 }
 

@@ -4,7 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"platter/provision"
+	"platter/provision/client"
 	"platter/provision/dischost"
 	"platter/provision/site"
 	"platter/provision/store"
@@ -153,5 +157,43 @@ func TestReadSuccession(t *testing.T) {
 	receipt(own, good)
 	if p, err := readSuccession(dir); err != nil || p.node != "node1" || p.own != note.Own || p.address != note.Address {
 		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+// A machine may leave only when the node is known to have the receipt.
+func TestAwaitTaken(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		mark      provision.HandoverMark
+		out, fail string
+	}{
+		{mark: provision.HandoverMark{Node: "node1", Taken: true}, out: "may leave"},
+		{mark: provision.HandoverMark{Node: "node1"}, fail: "do not switch it off"},
+		{fail: "was started again"},
+	} {
+		t.Run(c.out+c.fail, func(t *testing.T) {
+			t.Parallel()
+			socket := filepath.Join(t.TempDir(), "s")
+			l, err := net.Listen("unix", socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// A disc host that says what its journal has, and is killed.
+			srv := &http.Server{}
+			srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				json.NewEncoder(w).Encode(c.mark)
+				l.Close()
+				srv.SetKeepAlivesEnabled(false)
+			})
+			go srv.Serve(l)
+			defer srv.Close()
+			op := client.NewOperator(socket)
+			defer op.Close()
+			var out strings.Builder
+			err = awaitTaken(t.Context(), op, "node1", &out, io.Discard)
+			if (err != nil) != (c.fail != "") || err != nil && !strings.Contains(err.Error(), c.fail) || !strings.Contains(out.String(), c.out) || c.out == "" && out.Len() > 0 {
+				t.Errorf("%q, %v", out.String(), err)
+			}
+		})
 	}
 }
