@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -625,6 +626,36 @@ func TestHandoverStateAnew(t *testing.T) {
 	}
 	if _, err := node.CommitHandover(ctx, order.ID, second.Digest()); err != nil {
 		t.Error(err)
+	}
+}
+
+// A disc host that cannot tell whether it has given up the rack does not call the
+// node's copy stale: that may be the one that its journal names.
+func TestHandoverUnsure(t *testing.T) {
+	h := newOldHost(t)
+	node, order := h.order()
+	state, err := node.HandoverState(t.Context(), order.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := sql.Open("sqlite", filepath.Join(h.files.State, dischost.JournalFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(`ALTER TABLE events RENAME TO lost`); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if _, err := node.CommitHandover(t.Context(), order.ID, state.Digest()); !client.Retryable(err) {
+			t.Errorf("the commit: %v", err)
+		}
+		if _, err := node.HandoverState(t.Context(), order.ID); !client.Retryable(err) {
+			t.Errorf("another copy: %v", err)
+		}
+	}
+	if err := <-h.host.Lost(); err == nil {
+		t.Error("the disc host goes on")
 	}
 }
 
