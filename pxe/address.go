@@ -1,6 +1,7 @@
 package pxe
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/mdlayher/arp"
@@ -111,6 +113,15 @@ func AddressHolder(ctx context.Context, iface string, address netip.Addr) (provi
 	}
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	// Another interface of this machine on the same wire answers as well (arp_ignore in
+	// the kernel's ip-sysctl).
+	all, err := net.Interfaces()
+	if err != nil {
+		return fail(err)
+	}
+	mine := func(mac net.HardwareAddr) bool {
+		return slices.ContainsFunc(all, func(i net.Interface) bool { return bytes.Equal(i.HardwareAddr, mac) })
+	}
 	probe, err := arpProbe(ifi.HardwareAddr, address)
 	if err != nil {
 		return fail(err)
@@ -125,7 +136,7 @@ func AddressHolder(ctx context.Context, iface string, address netip.Addr) (provi
 		if _, err := conn.WriteTo(probe, &packet.Addr{HardwareAddr: ethernet.Broadcast}); err != nil {
 			return fail(err)
 		}
-		mac, err := arpReply(conn, address)
+		mac, err := arpReply(conn, address, mine)
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return mac, err
 		}
@@ -146,8 +157,8 @@ func arpProbe(from net.HardwareAddr, address netip.Addr) ([]byte, error) {
 	return (&ethernet.Frame{Destination: ethernet.Broadcast, Source: from, EtherType: ethernet.EtherTypeARP, Payload: b}).MarshalBinary()
 }
 
-// arpReply reads who says that the address is its own, until the deadline of conn.
-func arpReply(conn net.PacketConn, address netip.Addr) (provision.MAC, error) {
+// arpReply reads who else says that the address is its own, until the deadline of conn.
+func arpReply(conn net.PacketConn, address netip.Addr, mine func(net.HardwareAddr) bool) (provision.MAC, error) {
 	buf := make([]byte, 128)
 	for {
 		n, _, err := conn.ReadFrom(buf)
@@ -156,7 +167,7 @@ func arpReply(conn net.PacketConn, address netip.Addr) (provision.MAC, error) {
 		}
 		var f ethernet.Frame
 		var p arp.Packet
-		if f.UnmarshalBinary(buf[:n]) == nil && p.UnmarshalBinary(f.Payload) == nil && p.Operation == arp.OperationReply && p.SenderIP == address {
+		if f.UnmarshalBinary(buf[:n]) == nil && p.UnmarshalBinary(f.Payload) == nil && p.Operation == arp.OperationReply && p.SenderIP == address && !mine(p.SenderHardwareAddr) {
 			return provision.MAC(p.SenderHardwareAddr.String()), nil
 		}
 	}

@@ -105,6 +105,19 @@ func TestAddressHolder(t *testing.T) {
 	if other := holder(own); other != "" {
 		t.Errorf("%s has this machine's address", other)
 	}
+	// Another interface of this machine is no other machine.
+	b := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pair72"}, PeerName: "pair72b"}
+	if err := netlink.LinkAdd(b); err != nil {
+		t.Fatal(err)
+	}
+	defer netlink.LinkDel(b)
+	peer, err := netlink.LinkByName("pair72b")
+	if err := errors.Join(err, netlink.LinkSetUp(b), netlink.LinkSetUp(peer)); err != nil {
+		t.Fatal(err)
+	}
+	if other, err := AddressHolder(t.Context(), "pair72", own); other != "" || err != nil {
+		t.Errorf("%s: %v", other, err)
+	}
 	s.machineAddr(own.As4()[3])
 	if other := holder(own); other != mac {
 		t.Errorf("%q has this machine's address as well, want %s", other, mac)
