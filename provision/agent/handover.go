@@ -398,7 +398,7 @@ func onDisk(err error) error {
 		return nil
 	}
 	return &provision.Failure{Code: "handover-disk", Message: "what a disc host needs cannot be kept: " + err.Error(),
-		Next: "Look at the disk's free space and health; 'platter host handover' again goes on where this ended"}
+		Next: "Look at the disk's free space and health. An order that has failed by this is given anew with 'platter host handover', and goes on where this ended"}
 }
 
 // place makes part the file to, durably.
