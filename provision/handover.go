@@ -25,6 +25,10 @@ const (
 	ReceiptFile  = "receipt.json"  // a SignedReceipt; without it nothing is served
 )
 
+// IdentityPath is where an installed node keeps what it speaks to the disc host with,
+// JSON of client.Identity.
+const IdentityPath = "/etc/platter/identity.json"
+
 // HandoverNote is what a successor notes when the state is complete.
 type HandoverNote struct {
 	HandoverList           // of the state

@@ -1,23 +1,27 @@
 package pxe
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"slices"
 	"time"
 
 	"github.com/mdlayher/arp"
 	"github.com/mdlayher/ethernet"
+	"github.com/mdlayher/packet"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"platter/provision"
 )
 
-// Waits of TakeAddress.
+// Waits of TakeAddress and AddressHolder.
 const (
 	conflictAsks  = 3               // questions without an answer before an address counts as free, as in RFC 5227, 2.1.1
 	conflictWait  = time.Second     // for an answer to each
@@ -90,6 +94,83 @@ func waitUntilFree(ctx context.Context, c *arp.Client, iface string, address net
 		}
 	}
 	return nil
+}
+
+// AddressHolder asks on the interface which other machine has the address, which this
+// one may have too (RFC 5227, 1.1: a probe, which changes nobody's ARP cache); empty:
+// none answers.
+func AddressHolder(ctx context.Context, iface string, address netip.Addr) (provision.MAC, error) {
+	fail := func(err error) (provision.MAC, error) {
+		return "", fmt.Errorf("nobody can be asked on %s who has %s: %w", iface, address, err)
+	}
+	ifi, err := net.InterfaceByName(iface)
+	if err != nil {
+		return fail(err)
+	}
+	conn, err := packet.Listen(ifi, packet.Raw, unix.ETH_P_ARP, nil)
+	if err != nil {
+		return fail(err)
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	// Another interface of this machine on the same wire answers as well (arp_ignore in
+	// the kernel's ip-sysctl).
+	all, err := net.Interfaces()
+	if err != nil {
+		return fail(err)
+	}
+	mine := func(mac net.HardwareAddr) bool {
+		return slices.ContainsFunc(all, func(i net.Interface) bool { return bytes.Equal(i.HardwareAddr, mac) })
+	}
+	probe, err := arpProbe(ifi.HardwareAddr, address)
+	if err != nil {
+		return fail(err)
+	}
+	for range conflictAsks {
+		if err := conn.SetDeadline(time.Now().Add(conflictWait)); err != nil {
+			return fail(err)
+		}
+		if err := ctx.Err(); err != nil { // after the deadline was set: see AfterFunc
+			return fail(err)
+		}
+		if _, err := conn.WriteTo(probe, &packet.Addr{HardwareAddr: ethernet.Broadcast}); err != nil {
+			return fail(err)
+		}
+		mac, err := arpReply(conn, address, mine)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return mac, err
+		}
+	}
+	return "", ctx.Err()
+}
+
+// arpProbe is the frame of an ARP probe.
+func arpProbe(from net.HardwareAddr, address netip.Addr) ([]byte, error) {
+	p, err := arp.NewPacket(arp.OperationRequest, from, netip.IPv4Unspecified(), make(net.HardwareAddr, 6), address)
+	if err != nil {
+		return nil, err
+	}
+	b, err := p.MarshalBinary()
+	if err != nil {
+		return nil, err
+	}
+	return (&ethernet.Frame{Destination: ethernet.Broadcast, Source: from, EtherType: ethernet.EtherTypeARP, Payload: b}).MarshalBinary()
+}
+
+// arpReply reads who else says that the address is its own, until the deadline of conn.
+func arpReply(conn net.PacketConn, address netip.Addr, mine func(net.HardwareAddr) bool) (provision.MAC, error) {
+	buf := make([]byte, 128)
+	for {
+		n, _, err := conn.ReadFrom(buf)
+		if err != nil {
+			return "", err
+		}
+		var f ethernet.Frame
+		var p arp.Packet
+		if f.UnmarshalBinary(buf[:n]) == nil && p.UnmarshalBinary(f.Payload) == nil && p.Operation == arp.OperationReply && p.SenderIP == address && !mine(p.SenderHardwareAddr) {
+			return provision.MAC(p.SenderHardwareAddr.String()), nil
+		}
+	}
 }
 
 // DropAddress takes the address from the interface that has it, if one has. Others

@@ -1,12 +1,16 @@
 package pxe
 
 import (
+	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+
+	"platter/provision"
 )
 
 // A successor takes the disc host's address when the old one has given it up, and
@@ -78,5 +82,52 @@ func TestTakeAddress(t *testing.T) {
 	}
 	if err := TakeAddress(t.Context(), netip.MustParseAddr("10.250.0.1"), take, log); err == nil || !strings.Contains(err.Error(), "10.250.0.1") {
 		t.Errorf("on a machine without its own address: %v", err)
+	}
+}
+
+// Who else has an address is found out also by a machine that has it itself.
+func TestAddressHolder(t *testing.T) {
+	s := newSegment(t, 72)
+	own, iface := s.network.DiscHost, s.network.Interface
+	holder := func(address netip.Addr) provision.MAC {
+		t.Helper()
+		mac, err := AddressHolder(t.Context(), iface, address)
+		if err != nil {
+			t.Error(err)
+		}
+		return mac
+	}
+	node := s.machineAddr(2)
+	mac := holder(node)
+	if mac == "" {
+		t.Error("nobody has the node's address")
+	}
+	if other := holder(own); other != "" {
+		t.Errorf("%s has this machine's address", other)
+	}
+	// Another interface of this machine is no other machine.
+	b := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pair72"}, PeerName: "pair72b"}
+	if err := netlink.LinkAdd(b); err != nil {
+		t.Fatal(err)
+	}
+	defer netlink.LinkDel(b)
+	peer, err := netlink.LinkByName("pair72b")
+	if err := errors.Join(err, netlink.LinkSetUp(b), netlink.LinkSetUp(peer)); err != nil {
+		t.Fatal(err)
+	}
+	if other, err := AddressHolder(t.Context(), "pair72", own); other != "" || err != nil {
+		t.Errorf("%s: %v", other, err)
+	}
+	s.machineAddr(own.As4()[3])
+	if other := holder(own); other != mac {
+		t.Errorf("%q has this machine's address as well, want %s", other, mac)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := AddressHolder(ctx, iface, own); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	if _, err := AddressHolder(t.Context(), "none", own); err == nil || !strings.Contains(err.Error(), "none") {
+		t.Errorf("without an interface: %v", err)
 	}
 }

@@ -101,12 +101,7 @@ func (s *Server) Listen(ctx context.Context) (err error) {
 	if s.loaders, err = readLoaders(s.IPXE); err != nil {
 		return err
 	}
-	for _, n := range s.Networks {
-		if err := checkInterface(n); err != nil {
-			return err
-		}
-	}
-	if err := s.refuseRogues(ctx); err != nil {
+	if err := s.Check(ctx); err != nil {
 		return err
 	}
 	for _, n := range s.Networks {
@@ -131,6 +126,18 @@ func (s *Server) Listen(ctx context.Context) (err error) {
 	}
 	s.leases, err = openLeases(s.Leases, pools, s.Log)
 	return err
+}
+
+// Check looks whether this machine may serve the networks, and opens nothing: it has
+// the disc host's addresses, and no other DHCP server answers.
+func (s *Server) Check(ctx context.Context) error {
+	s.setDefaults()
+	for _, n := range s.Networks {
+		if err := checkInterface(n); err != nil {
+			return err
+		}
+	}
+	return s.refuseRogues(ctx)
 }
 
 // Serve answers until ctx ends, then lets transfers finish for a few seconds

@@ -48,8 +48,8 @@ also after a reboot.
 
 It is refused unless the node is ready, has room, and nothing else is under way in
 the rack. What was cut off goes on: run the command again, or only start what has
-lost its power. Until the very end this machine is the disc host; Ctrl-C ends this
-command, not the handover. Afterwards 'platter' works on the node:
+lost its power. This machine may leave when this command says so, and not before;
+Ctrl-C ends this command, not the handover. Afterwards 'platter' works on the node:
 
   ssh root@NODE ` + provision.SuccessorDir + `/platter node ls`,
 		Args: cobra.ExactArgs(1),
@@ -94,41 +94,40 @@ func handOver(ctx context.Context, op *client.Operator, node string, req provisi
 	return awaitTaken(ctx, op, node, out, progress)
 }
 
-// awaitTaken waits until the disc host on this machine has ended, having been
-// handed over.
+// awaitTaken waits until the disc host on this machine has ended, and tells whether
+// this machine may leave: only when the node is known to have the receipt.
 func awaitTaken(ctx context.Context, op *client.Operator, node string, out, progress io.Writer) error {
-	marked, silent, said := false, 0, false
-	for {
+	var marked, taken bool
+	for silent := 0; silent <= 10; { // between both of its lives it does not answer for a moment
 		m, err := op.HandedOver(ctx)
 		var e *client.Error
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case err == nil && m != nil && m.Taken:
-			marked = true
-			silent = 0
-		case err == nil && m != nil:
-			if marked, silent = true, 0; !said {
-				said = true
-				fmt.Fprintf(progress, "%s is the disc host: waiting until it has taken over\n", node)
-			}
-		case err == nil:
+		case err == nil && m == nil:
 			return fmt.Errorf("the disc host was started again before %s had it: see 'platter node orders %s'", node, node)
 		case errors.As(err, &e) && e.Code == client.CodeNotRunning:
-			silent++ // between both of its lives it does not answer for a moment
+			silent++
 		default:
 			silent = 0
-		}
-		if silent > 10 && marked {
-			fmt.Fprintf(out, "%s is the disc host of the rack. This machine is not any more, and may leave.\n", node)
-			return nil
-		}
-		if silent > 10 {
-			return fmt.Errorf("the disc host on this machine has ended: start 'platter serve' again, it knows whether it was handed over to %s", node)
+			if m != nil && !marked {
+				marked = true
+				fmt.Fprintf(progress, "%s is the disc host: waiting until it has taken over\n", node)
+			}
+			taken = taken || m != nil && m.Taken
 		}
 		if err := provision.Sleep(ctx, 200*time.Millisecond); err != nil {
 			return err
 		}
+	}
+	switch {
+	case taken:
+		fmt.Fprintf(out, "%s is the disc host of the rack. This machine is not any more, and may leave.\n", node)
+		return nil
+	case marked:
+		return fmt.Errorf("the disc host on this machine ended before it was known that %s has the receipt, without which %s does not serve: start 'platter serve' again on this machine, and do not switch it off", node, node)
+	default:
+		return fmt.Errorf("the disc host on this machine has ended: start 'platter serve' again, it knows whether it was handed over to %s", node)
 	}
 }
 
@@ -147,8 +146,9 @@ func untilHandedOver(ctx context.Context, host *dischost.Host) error {
 }
 
 // startOf says what this start of a disc host is for; StartRefuse comes without an
-// error where nothing is wrong about that.
-func startOf(ctx context.Context, journal *store.Store, o serveOptions, rack *provision.Rack, log *slog.Logger) (provision.StartKind, error) {
+// error where nothing is wrong about that. A node that is the disc host has its address
+// then, for the receipt of the next one too.
+func startOf(ctx context.Context, journal *store.Store, o serveOptions, rack *provision.Rack, place *successorPlace, log *slog.Logger) (provision.StartKind, error) {
 	if err := os.RemoveAll(filepath.Join(o.state, dischost.CopyFolder)); err != nil {
 		return "", err
 	}
@@ -156,36 +156,73 @@ func startOf(ctx context.Context, journal *store.Store, o serveOptions, rack *pr
 	start := provision.StartDecision(mark, o.takeBack)
 	switch start {
 	case provision.StartTakeBack:
-		log.Warn("the rack is taken back", "from", mark.Node, "handed over", mark.Time)
-		return start, journal.Append(ctx, provision.Event{Kind: provision.EventTakeBack, Node: mark.Node, Detail: "an operator made this machine the disc host again"})
-	case provision.StartRefuse:
-		// It may have been killed just before it did so.
-		if err := giveUpAddresses(rack); err != nil {
+		return start, takeBack(ctx, journal, mark, rack, place, log)
+	case provision.StartHandOut:
+		if !successorServes(ctx, rack, mark, log) {
+			break
+		}
+		if err := noteTaken(ctx, journal, mark); err != nil {
 			return start, err
 		}
-		if o.successor != "" { // a unit that starts at every boot
-			log.Info("the rack was handed over: there is nothing to do here", "node", mark.Node, "time", mark.Time)
-			return start, nil
-		}
-		return start, fmt.Errorf("this machine is not the disc host any more: the rack was handed over to %s on %s. Work there: ssh root@%s %s/platter node ls. Only if %s is gone for good: platter serve --take-back",
-			mark.Node, mark.Time.Local().Format("2006-01-02 15:04:05"), mark.Node, provision.SuccessorDir, mark.Node)
+		return provision.StartRefuse, refuse(o, rack, mark, log)
+	case provision.StartRefuse:
+		return start, refuse(o, rack, mark, log)
 	}
-	return start, nil
+	return start, place.take(ctx, log)
+}
+
+// takeBack makes this machine the disc host again, unless another one serves.
+func takeBack(ctx context.Context, journal *store.Store, mark *provision.HandoverMark, rack *provision.Rack, place *successorPlace, log *slog.Logger) error {
+	if err := checkAlone(ctx, rack, place, log); err != nil {
+		return fmt.Errorf("the rack is not taken back from %s, nothing was changed: %w", mark.Node, err)
+	}
+	log.Warn("the rack is taken back", "from", mark.Node, "handed over", mark.Time)
+	return journal.Append(ctx, provision.Event{Kind: provision.EventTakeBack, Node: mark.Node, Detail: "an operator made this machine the disc host again"})
+}
+
+// checkAlone looks whether this machine can serve the rack, and no other does.
+func checkAlone(ctx context.Context, rack *provision.Rack, place *successorPlace, log *slog.Logger) error {
+	for _, n := range rack.Networks {
+		mac, err := pxe.AddressHolder(ctx, n.Interface, n.DiscHost)
+		if err != nil {
+			return err
+		}
+		if mac != "" {
+			return fmt.Errorf("the machine with the MAC %s has the disc host's address %s. Where that is the disc host, work there; else take the address from it", mac, n.DiscHost)
+		}
+	}
+	if err := place.take(ctx, log); err != nil {
+		return err
+	}
+	return (&pxe.Server{Networks: rack.Networks, Log: log}).Check(ctx)
+}
+
+// refuse ends a disc host that is none any more.
+func refuse(o serveOptions, rack *provision.Rack, mark *provision.HandoverMark, log *slog.Logger) error {
+	// It may have been killed just before it did so.
+	if err := giveUpAddresses(rack); err != nil {
+		return err
+	}
+	if o.successor != "" { // a unit that starts at every boot
+		log.Info("the rack was handed over: there is nothing to do here", "node", mark.Node, "time", mark.Time)
+		return nil
+	}
+	return fmt.Errorf("this machine is not the disc host any more: the rack was handed over to %s on %s. Work there: ssh root@%s %s/platter node ls. Only if %s is gone for good: platter serve --take-back",
+		mark.Node, mark.Time.Local().Format("2006-01-02 15:04:05"), mark.Node, provision.SuccessorDir, mark.Node)
 }
 
 // handOut gives the successor its receipt, then gives up the disc host's address.
 func handOut(ctx context.Context, o serveOptions, rack *provision.Rack, st *site.Site, host *dischost.Host, log *slog.Logger) error {
-	log.Info("the rack was handed over: waiting until the node has taken it")
+	node := host.Store.HandedOver().Node
+	log.Warn(fmt.Sprintf("the rack was handed over to %s, which fetches its receipt here by itself: leave both machines on. Only if %s is gone for good: stop this, and start it with --take-back", node, node))
 	g, working := errgroup.WithContext(ctx)
 	if err := listenNodesAndOperators(working, g, o, rack, st, host.HandedOverToNodes(), host.HandedOverAPI(), log); err != nil {
 		return err
 	}
 	var kept error // an address that is not given up
 	g.Go(func() error {
-		select {
-		case <-host.Taken():
-		case <-working.Done():
-			return working.Err()
+		if err := untilTaken(working, host, rack, log); err != nil {
+			return err
 		}
 		kept = giveUpAddresses(rack)
 		// The operator's command shall hear of it.
@@ -202,6 +239,56 @@ func handOut(ctx context.Context, o serveOptions, rack *provision.Rack, st *site
 	}
 	log.Info("the disc host's address is given up: this machine may leave")
 	return nil
+}
+
+// lookEvery is how often a disc host that waits for its successor looks whether that
+// serves already.
+const lookEvery = 30 * time.Second
+
+// untilTaken waits until the successor has the receipt. Where its word did not come
+// through, that it has the disc host's address says so.
+func untilTaken(ctx context.Context, host *dischost.Host, rack *provision.Rack, log *slog.Logger) error {
+	for {
+		select {
+		case <-host.Taken():
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(lookEvery):
+		}
+		if mark := host.Store.HandedOver(); successorServes(ctx, rack, mark, log) {
+			return noteTaken(ctx, host.Store, mark)
+		}
+	}
+}
+
+// successorServes tells whether the node that the rack was handed over to has the disc
+// host's address, which it does not take without the receipt. This machine may have it
+// as well: it comes back with it where it was switched off in the middle.
+func successorServes(ctx context.Context, rack *provision.Rack, mark *provision.HandoverMark, log *slog.Logger) bool {
+	node, ok := rack.NodeByName(mark.Node)
+	n, inside := rack.NetworkOf(node.Address)
+	if !ok || !inside {
+		return false
+	}
+	mac, err := pxe.AddressHolder(ctx, n.Interface, n.DiscHost)
+	var own provision.MAC
+	if err == nil && mac != "" {
+		own, err = pxe.AddressHolder(ctx, n.Interface, node.Address)
+	}
+	switch {
+	case err != nil:
+		log.Warn("it is not known whether another machine has the disc host's address", "err", err)
+		return false
+	case mac != "" && mac != own && mac != node.MAC:
+		log.Warn(fmt.Sprintf("another machine than %s has the disc host's address: take it from that one, or %s does not find this one", node.Name, node.Name), "address", n.DiscHost, "mac", mac)
+		return false
+	}
+	return mac != ""
+}
+
+func noteTaken(ctx context.Context, journal *store.Store, mark *provision.HandoverMark) error {
+	return journal.Append(ctx, provision.Event{Kind: provision.EventHandoverTaken, Node: mark.Node})
 }
 
 // giveUpAddresses takes the disc host's addresses from this machine, for which the
@@ -246,6 +333,8 @@ type successorPlace struct {
 	own     netip.Addr
 	address netip.Prefix
 	iface   string // that has own
+	// taken says at the disc host's address that this node has the receipt.
+	taken func(context.Context) error
 }
 
 // serveSuccessor serves what was handed over to this node.
@@ -290,7 +379,19 @@ func readSuccession(dir string) (*successorPlace, error) {
 	if r.State != note.Digest() || r.Node != note.Node || r.Order != note.Order {
 		return nil, fmt.Errorf("the receipt in %s is for another handover: run 'platter host handover' again on the disc host", dir)
 	}
-	return &successorPlace{node: note.Node, own: note.Own, address: note.Address}, nil
+	taken := func(ctx context.Context) error {
+		var id client.Identity
+		if err := jsonfile.Read(provision.IdentityPath, &id); err != nil {
+			return err
+		}
+		node, err := client.NewNode(id)
+		if err != nil {
+			return err
+		}
+		defer node.Close()
+		return node.HandoverTaken(ctx, note.Order, r.State)
+	}
+	return &successorPlace{node: note.Node, own: note.Own, address: note.Address, taken: taken}, nil
 }
 
 // apply makes the rack one that is served from this place: interfaces of nodes have
@@ -306,10 +407,18 @@ func (p *successorPlace) apply(rack *provision.Rack) {
 	}
 }
 
-// take gives the disc host's address to this node.
+// take gives the disc host's address to this node. Another machine that has it may be the
+// old disc host, which lost its power before it heard that this node has the receipt: it
+// is told so until the address is free.
 func (p *successorPlace) take(ctx context.Context, log *slog.Logger) error {
 	if p == nil {
 		return nil
 	}
+	telling, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() {
+		for p.taken(telling) != nil && provision.Sleep(telling, 5*time.Second) == nil {
+		}
+	}()
 	return pxe.TakeAddress(ctx, p.own, p.address, log)
 }

@@ -133,7 +133,7 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 		return err
 	}
 	defer func() { err = errors.Join(err, journal.Close()) }()
-	start, err := startOf(ctx, journal, o, rack, log)
+	start, err := startOf(ctx, journal, o, rack, place, log)
 	if err != nil || start == provision.StartRefuse {
 		return err
 	}
@@ -148,9 +148,6 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 	defer host.Close()
 	if start == provision.StartHandOut {
 		return handOut(ctx, o, rack, st, host, log)
-	}
-	if err := place.take(ctx, log); err != nil {
-		return err
 	}
 
 	boot := &pxe.Server{

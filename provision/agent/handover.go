@@ -69,16 +69,27 @@ type succession struct {
 	ports func(address netip.Addr) error  // why a disc host could not listen there
 	serve func(ctx context.Context) error // starts the new disc host, and waits until it answers
 	retry time.Duration                   // between tries, at most; they begin with a tenth of it
-	leave time.Duration                   // for how long the old disc host is told that it may go
+	leave time.Duration                   // before the start, for the old disc host to hear that it may go
 }
 
 // handingOver makes the kind of provision.OrderHandover.
 func handingOver(node *client.Node) orderKind {
 	s := succession{dir: successorDir, api: node, free: freeBytes, ports: freePorts, retry: 5 * time.Second, leave: 30 * time.Second}
 	s.serve = func(ctx context.Context) error { return startSuccessor(ctx, node) }
-	return orderKind{within: 24 * time.Hour, do: func(ctx context.Context, t task, say progress) (any, error) {
+	return s.kind()
+}
+
+func (s succession) kind() orderKind {
+	return orderKind{within: 24 * time.Hour, bound: s.bound, do: func(ctx context.Context, t task, say progress) (any, error) {
 		return nil, s.run(ctx, t.Order, say)
 	}}
+}
+
+// bound tells whether the old disc host may have given up the rack for this order:
+// then nobody serves before the order is carried out.
+func (s succession) bound(order provision.Order) bool {
+	note, _, err := s.arrived(order)
+	return note != nil || err != nil
 }
 
 // run carries the order out, from wherever it was cut off.
@@ -108,15 +119,11 @@ func (s succession) run(ctx context.Context, order provision.Order, say progress
 		}
 	}
 	say("is the disc host: waits until the old one has gone", 0, 0)
-	s.sayTaken(ctx, order, note.Digest())
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	return s.serve(ctx)
+	return s.takeOver(ctx, order, note.Digest())
 }
 
 // arrived returns what an earlier try has brought to its end: the note that the
-// state is complete, and the receipt.
+// state is complete, and the receipt. One that cannot be read is given again.
 func (s succession) arrived(order provision.Order) (*provision.HandoverList, *provision.SignedReceipt, error) {
 	var note provision.HandoverNote
 	err := jsonfile.Read(filepath.Join(s.dir, provision.NoteFile), &note)
@@ -127,14 +134,10 @@ func (s succession) arrived(order provision.Order) (*provision.HandoverList, *pr
 		return nil, nil, err
 	}
 	var receipt provision.SignedReceipt
-	err = jsonfile.Read(filepath.Join(s.dir, provision.ReceiptFile), &receipt)
-	if errors.Is(err, fs.ErrNotExist) {
+	if jsonfile.Read(filepath.Join(s.dir, provision.ReceiptFile), &receipt) != nil || checkReceipt(receipt, note.HandoverList, order) != nil {
 		return &note.HandoverList, nil, nil
 	}
-	if err == nil {
-		err = checkReceipt(receipt, note.HandoverList, order)
-	}
-	return &note.HandoverList, &receipt, err
+	return &note.HandoverList, &receipt, nil
 }
 
 // commit asks for the receipt until there is an answer, and keeps it.
@@ -144,6 +147,11 @@ func (s succession) commit(ctx context.Context, order provision.Order, state pro
 		receipt, err = s.api.CommitHandover(ctx, order.ID, state.Digest())
 		return err
 	})
+	if client.Refused(err, client.CodeUnknownOrder) || client.Refused(err, client.CodeSuperseded) {
+		// The old disc host serves, and waits for this order no more: it was taken back, or
+		// this node is to be installed anew.
+		return nil, errors.Join(err, os.Remove(filepath.Join(s.dir, provision.NoteFile)))
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -190,12 +198,26 @@ func (s succession) again(ctx context.Context, do func() error) error {
 	}
 }
 
-// sayTaken lets the old disc host go. Where it does not answer, it has gone or
-// lost its power: its successor waits for its address in any case.
-func (s succession) sayTaken(ctx context.Context, order provision.Order, state string) {
-	short, cancel := context.WithTimeout(ctx, s.leave)
-	defer cancel()
-	s.again(short, func() error { return s.api.HandoverTaken(short, order.ID, state) })
+// takeOver starts the new disc host, when the old one has heard that it may go. One that
+// does not answer has gone, or comes back, maybe with its address, and then waits for
+// that word: it is told until the new disc host answers in its place.
+func (s succession) takeOver(ctx context.Context, order provision.Order, state string) error {
+	telling, stop := context.WithCancel(ctx)
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		s.again(telling, func() error { return s.api.HandoverTaken(telling, order.ID, state) })
+	}()
+	defer func() { stop(); <-told }()
+	select {
+	case <-told:
+	case <-time.After(s.leave):
+	case <-ctx.Done():
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return s.serve(ctx)
 }
 
 // fetchAll brings the program, its files and the store.
@@ -376,7 +398,7 @@ func onDisk(err error) error {
 		return nil
 	}
 	return &provision.Failure{Code: "handover-disk", Message: "what a disc host needs cannot be kept: " + err.Error(),
-		Next: "Look at the disk's free space and health; 'platter host handover' again goes on where this ended"}
+		Next: "Look at the disk's free space and health. An order that has failed by this is given anew with 'platter host handover', and goes on where this ended"}
 }
 
 // place makes part the file to, durably.

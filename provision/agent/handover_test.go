@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -360,6 +361,122 @@ func handOverWith(t *testing.T, how trouble) (calls int) {
 	return api.calls
 }
 
+// newSuccession is a successor that only has to be given its way to serve.
+func newSuccession(t *testing.T, api handoverAPI, serve func(context.Context) error) succession {
+	return succession{dir: filepath.Join(t.TempDir(), "new"), api: api, free: func(string) (int64, error) { return 1 << 40, nil },
+		ports: func(netip.Addr) error { return nil }, retry: time.Millisecond, leave: 50 * time.Millisecond, serve: serve}
+}
+
+// unwritable is a node whose disk takes no receipt at first.
+type unwritable struct {
+	*client.Node
+	dir   *string
+	tries int
+}
+
+func (u *unwritable) CommitHandover(ctx context.Context, order int64, state string) (provision.SignedReceipt, error) {
+	receipt := filepath.Join(*u.dir, provision.ReceiptFile)
+	err := os.RemoveAll(receipt)
+	if u.tries++; u.tries < 5 {
+		err = errors.Join(err, os.MkdirAll(filepath.Join(receipt, "x"), 0o700))
+	}
+	if err != nil {
+		return provision.SignedReceipt{}, err
+	}
+	return u.Node.CommitHandover(ctx, order, state)
+}
+
+// From when the old disc host may have given up the rack, nothing ends the order but
+// that it is carried out: nobody would serve.
+func TestHandoverBound(t *testing.T) {
+	h := newOldHost(t)
+	node, order := h.order()
+	api := &unwritable{Node: node}
+	failed := 0
+	s := newSuccession(t, api, func(context.Context) error {
+		if failed++; failed < maxTries {
+			return errors.New("it does not start")
+		}
+		return nil
+	})
+	api.dir = &s.dir
+	d := newDesk()
+	o, isMember := ofKinds(t, d, map[provision.OrderKind]orderKind{provision.OrderHandover: s.kind()})
+	isMember()
+	o.begin(t)
+	d.orders <- &order
+	if n := d.end(t); n.State != provision.OrderDone {
+		t.Fatalf("%+v: %v", n, n.Failure)
+	}
+	if m := h.st.HandedOver(); m == nil || !m.Taken {
+		t.Errorf("the old disc host says %+v", m)
+	}
+	if said := d.said(); !strings.Contains(said, "handover-disk") && !strings.Contains(said, "cannot be kept") || !strings.Contains(said, "it does not start") {
+		t.Errorf("the reasons are not said:\n%s", said)
+	}
+}
+
+// losing loses the answers to a commit.
+type losing struct{ *client.Node }
+
+func (l losing) CommitHandover(ctx context.Context, order int64, state string) (provision.SignedReceipt, error) {
+	_, err := l.Node.CommitHandover(ctx, order, state)
+	return provision.SignedReceipt{}, errors.Join(errors.New("the answer is lost"), err)
+}
+
+// What an operator has taken back is not the node's any more: the order fails.
+func TestHandoverTakenBack(t *testing.T) {
+	h := newOldHost(t)
+	node, order := h.order()
+	s := newSuccession(t, losing{node}, func(context.Context) error { t.Error("it serves"); return nil })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := s.run(ctx, order, func(string, int64, int64) {}); err == nil || !s.bound(order) {
+		t.Fatalf("without a receipt: %v", err)
+	}
+	if err := h.st.Append(t.Context(), provision.Event{Kind: provision.EventTakeBack, Node: "node1"}); err != nil {
+		t.Fatal(err)
+	}
+	h.kill()
+	s.api = node
+	if err := s.run(t.Context(), order, func(string, int64, int64) {}); !client.Refused(err, client.CodeUnknownOrder) || s.bound(order) {
+		t.Errorf("after it was taken back: %v, bound: %v", err, s.bound(order))
+	}
+}
+
+// An old disc host that was killed before it heard that it may go, and comes back
+// while the new one waits for its address, hears it then.
+func TestHandoverTakenLate(t *testing.T) {
+	h := newOldHost(t)
+	node, order := h.order()
+	api := &killing{Node: node, h: h}
+	s := newSuccession(t, api, func(ctx context.Context) error {
+		h.start() // much later than leave
+		for !h.st.HandedOver().Taken {
+			if err := provision.Sleep(ctx, 10*time.Millisecond); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := s.run(ctx, order, func(string, int64, int64) {}); err != nil {
+		t.Errorf("the old disc host waits for ever: %v", err)
+	}
+}
+
+// killing kills the old disc host when it has given the receipt.
+type killing struct {
+	*client.Node
+	h *oldHost
+}
+
+func (k *killing) CommitHandover(ctx context.Context, order int64, state string) (provision.SignedReceipt, error) {
+	defer k.h.stop()
+	return k.Node.CommitHandover(ctx, order, state)
+}
+
 // A disc host that was handed over changes nothing, and says to whom.
 func TestHandedOverRefuses(t *testing.T) {
 	h := newOldHost(t)
@@ -509,6 +626,36 @@ func TestHandoverStateAnew(t *testing.T) {
 	}
 	if _, err := node.CommitHandover(ctx, order.ID, second.Digest()); err != nil {
 		t.Error(err)
+	}
+}
+
+// A disc host that cannot tell whether it has given up the rack does not call the
+// node's copy stale: that may be the one that its journal names.
+func TestHandoverUnsure(t *testing.T) {
+	h := newOldHost(t)
+	node, order := h.order()
+	state, err := node.HandoverState(t.Context(), order.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := sql.Open("sqlite", filepath.Join(h.files.State, dischost.JournalFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(`ALTER TABLE events RENAME TO lost`); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if _, err := node.CommitHandover(t.Context(), order.ID, state.Digest()); !client.Retryable(err) {
+			t.Errorf("the commit: %v", err)
+		}
+		if _, err := node.HandoverState(t.Context(), order.ID); !client.Retryable(err) {
+			t.Errorf("another copy: %v", err)
+		}
+	}
+	if err := <-h.host.Lost(); err == nil {
+		t.Error("the disc host goes on")
 	}
 }
 

@@ -21,8 +21,8 @@ import (
 )
 
 const (
-	// maxTries is how often an order is begun at most: one that takes the host
-	// down each time must not do so for ever.
+	// maxTries is how often an order is begun at most, unless it is bound to succeed:
+	// one that takes the host down each time must not do so for ever.
 	maxTries = 10
 	// keptOutcomes bounds the ended orders in the file; the disc host has them
 	// long before so many came.
@@ -45,6 +45,9 @@ type orderKind struct {
 	// no *provision.Failure gets a name.
 	do     func(ctx context.Context, t task, say progress) (result any, err error)
 	within time.Duration // then ctx ends
+	// bound tells of an order that was begun whether others rely on its success by now:
+	// then no error, no panic and no number of tries ends it. nil: never.
+	bound func(provision.Order) bool
 }
 
 // orderReporter is what the end of an order is said to; client.Reporter is one.
@@ -175,7 +178,7 @@ func (o *orders) carryOut(ctx context.Context, order provision.Order) {
 	o.records[i].Tries++
 	t := task{order, o.records[i].Tries}
 	end := &provision.OrderNews{ID: order.ID, State: provision.OrderFailed}
-	if err := o.save(); err != nil {
+	if err := o.save(); err != nil && !o.bound(order) {
 		end.Failure = &provision.Failure{Code: "order-record", Next: "Look at the disk's free space and health, then give the order again",
 			Message: fmt.Sprintf("%s was not begun, because the node could not note that down: %v", order, err)}
 	} else {
@@ -186,6 +189,10 @@ func (o *orders) carryOut(ctx context.Context, order provision.Order) {
 			end.State, end.Result = provision.OrderDone, result
 		case ctx.Err() != nil:
 			return // goes on at the next start
+		case o.bound(order):
+			o.rep.Logf("orders: %s has to succeed, and is tried again: %v", order, orderFailure(order, err))
+			o.pause(ctx, t.Try)
+			return
 		default:
 			end.Failure = orderFailure(order, err)
 		}
@@ -209,6 +216,11 @@ func again(try int) string {
 	return fmt.Sprintf(" again: it was cut off %d times", try-1)
 }
 
+func (o *orders) bound(order provision.Order) bool {
+	k := o.kinds[order.Kind]
+	return k.bound != nil && k.bound(order)
+}
+
 // do calls the kind's function. A panic is an error.
 func (o *orders) do(ctx context.Context, t task) (result json.RawMessage, err error) {
 	kind, known := o.kinds[t.Kind]
@@ -222,7 +234,7 @@ func (o *orders) do(ctx context.Context, t task) (result json.RawMessage, err er
 		return nil, &provision.Failure{Code: "order-unknown",
 			Message: fmt.Sprintf("this node's program is older than the disc host's: it does not know the order %.64q, only %s", t.Kind, strings.Join(names, ", ")),
 			Next:    "Reinstall the node with an image built by the disc host's version"}
-	case t.Try > maxTries:
+	case t.Try > maxTries && !o.bound(t.Order):
 		return nil, &provision.Failure{Code: "order-broken",
 			Message: fmt.Sprintf("%s was begun %d times and cut off each time", t.Order, t.Try-1),
 			Next:    "Look at 'journalctl -u platter-agent' and the node's console for what ends it"}

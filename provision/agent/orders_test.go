@@ -161,6 +161,59 @@ func TestOrderEnds(t *testing.T) {
 	}
 }
 
+// An order that others rely on ends with its success and with nothing else.
+func TestOrderBound(t *testing.T) {
+	d := newDesk()
+	tries := 0
+	k := orderKind{within: time.Millisecond, bound: func(provision.Order) bool { return tries < 100 }}
+	k.do = func(ctx context.Context, task task, _ progress) (any, error) {
+		switch tries++; {
+		case tries == 1:
+			panic("a mistake")
+		case tries == 2:
+			<-ctx.Done()
+			return nil, ctx.Err()
+		case tries < maxTries+5:
+			return nil, errors.New("no space")
+		}
+		return task.Try, nil
+	}
+	o, isMember := ofKinds(t, d, map[provision.OrderKind]orderKind{"must": k})
+	isMember()
+	o.begin(t)
+	d.orders <- &provision.Order{ID: 1, Kind: "must"}
+	if n := d.end(t); n.State != provision.OrderDone || string(n.Result) != "15" {
+		t.Errorf("it ended %+v: %v", n, n.Failure)
+	}
+	for _, want := range []string{"a mistake", "did not end within", "no space"} {
+		if said := d.said(); !strings.Contains(said, want) {
+			t.Errorf("%q is not said:\n%s", want, said)
+		}
+	}
+}
+
+// One that others no longer rely on, or not yet, fails as any other, also where its
+// file cannot be written.
+func TestOrderBoundNoMore(t *testing.T) {
+	d := newDesk()
+	bound := true
+	k := orderKind{within: time.Minute, bound: func(provision.Order) bool { return bound }}
+	o, isMember := ofKinds(t, d, map[provision.OrderKind]orderKind{"must": k})
+	k.do = func(_ context.Context, task task, _ progress) (any, error) {
+		// From now on the file cannot be written.
+		err := errors.Join(os.RemoveAll(o.path), os.MkdirAll(filepath.Join(o.path, "x"), 0o755))
+		bound = task.Try < 3
+		return nil, errors.Join(err, errors.New("no space"))
+	}
+	o.kinds["must"] = k
+	isMember()
+	o.begin(t)
+	d.orders <- &provision.Order{ID: 1, Kind: "must"}
+	if n := d.end(t); n.Failure == nil || n.Failure.Code != "order-failed" || !strings.Contains(d.said(), "begins again: it was cut off 2 times") {
+		t.Errorf("it ended %+v: %v\n%s", n, n.Failure, d.said())
+	}
+}
+
 // An order that has ended is not carried out again, one that was cut off is,
 // and told that it is a repetition; but not for ever.
 func TestOrderOnce(t *testing.T) {

@@ -311,6 +311,25 @@ func TestSilentServer(t *testing.T) {
 	}
 }
 
+// A disc host that copies its state on a slow disk is waited for: a node that began
+// anew would keep it from ever ending.
+func TestSlowHandover(t *testing.T) {
+	s := newSite(t)
+	m := mux(s, newTaker())
+	slow := func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(500 * time.Millisecond)
+		io.WriteString(w, `{"node":"node1"}`)
+	}
+	m.HandleFunc("GET "+client.PathHandover+"/7", slow)
+	m.HandleFunc("POST "+client.PathHandover+"/7/state", slow)
+	n := enrol(t, serveTLS(t, s, "127.0.0.1:0", m), client.WithIdle(100*time.Millisecond))
+	for _, ask := range []func(context.Context, int64) (provision.HandoverList, error){n.Handover, n.HandoverState} {
+		if l, err := ask(t.Context(), 7); err != nil || l.Node != "node1" {
+			t.Errorf("%+v, %v", l, err)
+		}
+	}
+}
+
 // Lines arrive once and in order although every second request fails, half of
 // these after the server has taken it.
 func TestReporterOnceAndInOrder(t *testing.T) {

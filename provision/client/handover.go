@@ -26,15 +26,16 @@ const (
 // is for the order, which this node is carrying out, as all that follow.
 func (n *Node) Handover(ctx context.Context, order int64) (provision.HandoverList, error) {
 	var l provision.HandoverList
-	err := n.call(ctx, http.MethodGet, handoverPath(order, ""), nil, nil, &l)
+	err := n.callWith(ctx, n.parts, http.MethodGet, handoverPath(order, ""), nil, nil, &l)
 	return l, err
 }
 
 // HandoverState has the disc host stop its work and copy its state, and lists the
-// copy. It waits for minutes at most, then works on: see CodeStale.
+// copy. However long a slow disk takes for that, it is waited for; then the disc host
+// waits for minutes at most, and works on: see CodeStale.
 func (n *Node) HandoverState(ctx context.Context, order int64) (provision.HandoverList, error) {
 	var l provision.HandoverList
-	err := n.call(ctx, http.MethodPost, handoverPath(order, "/state"), nil, struct{}{}, &l)
+	err := n.callWith(ctx, n.parts, http.MethodPost, handoverPath(order, "/state"), nil, struct{}{}, &l)
 	return l, err
 }
 

@@ -268,7 +268,11 @@ func (n *Node) report(ctx context.Context, batch string, reports []provision.Rep
 }
 
 func (n *Node) call(ctx context.Context, method, path string, header http.Header, in, out any) error {
-	err := call(ctx, n.http, method, n.id.URL+path, header, in, out)
+	return n.callWith(ctx, n.http, method, path, header, in, out)
+}
+
+func (n *Node) callWith(ctx context.Context, hc *http.Client, method, path string, header http.Header, in, out any) error {
+	err := call(ctx, hc, method, n.id.URL+path, header, in, out)
 	var bad *tls.CertificateVerificationError
 	if errors.As(err, &bad) {
 		return &Error{Code: CodeWrongServer, cause: err,

@@ -28,10 +28,13 @@
 // to give the same receipt again, or, once that was taken, not at all. The node
 // starts to serve only with a receipt of the site that names the copy it has, which
 // is not given before the event is durable. So never both serve. That one of both
-// does in the end follows from the node's orders, which are carried on after
-// every start. Two guards more see to it where an operator overrides that: the
-// successor waits while another machine has the disc host's address, and pxe refuses a
-// network on which another DHCP server answers.
+// does in the end follows from the node's order, which from the copy on ends by nothing
+// but success, or by the word of the old disc host that it serves again. Nor does an
+// address that both want keep them: the successor waits while another machine has it,
+// and tells that one that it has the receipt; a disc host that gives out the receipt and
+// finds its successor at the address takes that for the word. Two guards more are for an
+// operator who overrides this: a disc host is not taken back while another machine has the
+// address, and pxe refuses a network on which another DHCP server answers.
 //
 // The wire forms are those of provision/client.
 package dischost

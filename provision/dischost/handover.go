@@ -68,7 +68,8 @@ type handover struct {
 	state  provision.HandoverList // of what is frozen
 	thaw   *time.Timer
 
-	closed bool
+	closed bool // the program ends
+	unsure bool // only the journal knows, when it is opened anew, whether the rack was handed over
 
 	marked, taken chan struct{}
 	fatal         chan error
@@ -271,6 +272,9 @@ func (h *Host) handoverState(_ http.ResponseWriter, r *http.Request, peer site.P
 	}
 	h.handover.mu.Lock()
 	defer h.handover.mu.Unlock()
+	if h.handover.closed || h.handover.unsure {
+		return nil, stops()
+	}
 	h.release()
 	list, err := h.emptyList(peer.Node)
 	if err != nil {
@@ -280,9 +284,6 @@ func (h *Host) handoverState(_ http.ResponseWriter, r *http.Request, peer site.P
 		if err := h.listFiles(o.ID); err != nil {
 			return nil, err
 		}
-	}
-	if h.handover.closed {
-		return nil, &client.Error{Status: http.StatusServiceUnavailable, Code: client.CodeInternal, Message: "the disc host stops"}
 	}
 	frozen := h.Store.Freeze()
 	if m := h.Store.HandedOver(); m != nil {
@@ -341,15 +342,17 @@ func (h *Host) commitHandover(w http.ResponseWriter, r *http.Request, peer site.
 	h.handover.mu.Lock()
 	defer h.handover.mu.Unlock()
 	if m := h.Store.HandedOver(); m == nil {
+		if h.handover.unsure {
+			return nil, stops()
+		}
 		if h.handover.frozen == nil || h.handover.order != o.ID || req.State != h.handover.state.Digest() {
 			return nil, stale(peer)
 		}
 		err := h.handover.frozen.HandOver(provision.Event{Node: peer.Node, Generation: peer.Generation, Order: &provision.Order{ID: o.ID, Node: o.Node, Kind: o.Kind, Generation: o.Generation}, Detail: req.State})
-		if err != nil {
-			h.handover.fatal <- err
-		}
 		h.release()
 		if err != nil {
+			h.handover.unsure = true
+			h.handover.fatal <- err
 			return nil, err
 		}
 		h.Log.Info("the rack is handed over", "node", peer.Node)
@@ -362,6 +365,11 @@ func (h *Host) commitHandover(w http.ResponseWriter, r *http.Request, peer site.
 
 func stale(peer site.Peer) error {
 	return &client.Error{Status: http.StatusConflict, Code: client.CodeStale, Message: "this is not the state that was copied last for " + peer.Node, Next: "Fetch the state again."}
+}
+
+// stops has the successor ask again, and keep what it has until then.
+func stops() error {
+	return &client.Error{Status: http.StatusServiceUnavailable, Code: client.CodeInternal, Message: "the disc host stops", Next: "Ask it again when it was started again."}
 }
 
 // receipt signs what the journal says.

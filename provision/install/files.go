@@ -48,7 +48,7 @@ func (f Files) Kernelargs() string {
 // Paths on the installed host.
 const (
 	PlanPath     = "/etc/platter/plan.json"
-	IdentityPath = "/etc/platter/identity.json"
+	IdentityPath = provision.IdentityPath
 	AgentPath    = "/usr/lib/platter/platter-node"
 	KeysPath     = "/etc/platter/keys" // folder, see ReadKeys; in the initramfs too
 )
