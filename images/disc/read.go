@@ -1,19 +1,15 @@
 package disc
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
-	"sort"
-	"strings"
-
-	"github.com/kdomanski/iso9660"
+	"slices"
 )
 
 // medium is where a volume's files lie: a folder that it is mounted on, an ISO
@@ -93,84 +89,43 @@ const sector = 2048
 
 // iso is an ISO 9660 image (ECMA-119) with Rock Ridge names.
 type iso struct {
-	f    *os.File
-	size int64 // as the volume says
-	all  map[string]*iso9660.File
+	f   *os.File
+	all map[string]stretch
 }
 
-func openISO(f *os.File) (i *iso, err error) {
-	// The library trusts what it reads.
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("its table of contents is damaged: %v", r)
-		}
-	}()
-	var head [sector]byte
-	if _, err := f.ReadAt(head[:], 16*sector); err != nil || !bytes.Equal(head[1:6], []byte("CD001")) {
-		return nil, errors.New("there is no ISO 9660 file system on it: name a volume of a set, where it is mounted, or its drive")
-	}
-	i = &iso{f: f, size: int64(binary.LittleEndian.Uint32(head[80:])) * sector, all: map[string]*iso9660.File{}}
-	have, err := f.Seek(0, io.SeekEnd)
+func openISO(f *os.File) (*iso, error) {
+	head, err := readVolumeHead(f)
 	if err != nil {
 		return nil, err
 	}
-	if have < i.size {
-		return nil, fmt.Errorf("the volume is short by %d bytes: it has %d of %d. Copy or burn it again", i.size-have, have, i.size)
+	if err := longEnough(f, head); err != nil {
+		return nil, err
 	}
-	image, err := iso9660.OpenImage(f)
+	all, err := readFolders(f, head)
 	if err != nil {
-		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
+		return nil, err
 	}
-	root, err := image.RootDir()
-	if err != nil {
-		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
-	}
-	if err := i.walk(root, "", 0); err != nil {
-		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
-	}
-	return i, nil
+	return &iso{f, all}, nil
 }
 
-func (i *iso) walk(dir *iso9660.File, at string, depth int) error {
-	if depth > 8 {
-		return errors.New("its folders have no end")
+// longEnough says by how much an ISO file or a drive ends too early.
+func longEnough(f *os.File, head *volumeHead) error {
+	have, err := f.Seek(0, io.SeekEnd)
+	if err == nil && have < head.size() {
+		err = fmt.Errorf("the volume is short by %d bytes: it has %d of %d. Copy or burn it again", head.size()-have, have, head.size())
 	}
-	children, err := dir.GetChildren()
-	if err != nil {
-		return err
-	}
-	for _, c := range children {
-		path := strings.TrimPrefix(at+"/"+c.Name(), "/")
-		if c.IsDir() {
-			if err := i.walk(c, path, depth+1); err != nil {
-				return err
-			}
-			continue
-		}
-		i.all[path] = c
-	}
-	return nil
+	return err
 }
 
 func (i *iso) open(path string) (mediumFile, error) {
-	f, ok := i.all[path]
+	e, ok := i.all[path]
 	if !ok {
 		return mediumFile{}, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
 	}
-	r, ok := f.Reader().(io.ReaderAt)
-	if !ok {
-		return mediumFile{}, fmt.Errorf("%s is no file: %w", path, fs.ErrNotExist)
-	}
-	return mediumFile{r, f.Size(), func() error { return nil }}, nil
+	return mediumFile{io.NewSectionReader(i.f, e.at, e.size), e.size, func() error { return nil }}, nil
 }
 
-func (i *iso) files() (out []string, err error) {
-	for p := range i.all {
-		out = append(out, p)
-	}
-	sort.Strings(out)
-	return out, nil
-}
+func (i *iso) files() ([]string, error) { return slices.Sorted(maps.Keys(i.all)), nil }
 
 func (i *iso) Close() error { return i.f.Close() }
 

@@ -80,16 +80,11 @@ func (v Volume) structure(i *iso, id string, size int64) ([]byte, error) {
 
 // extent is where a file lies in the ISO.
 func (i *iso) extent(path string) (stretch, error) {
-	f, ok := i.all[path]
+	e, ok := i.all[path]
 	if !ok {
 		return stretch{}, fmt.Errorf("there is no %s", path)
 	}
-	r, ok := f.Reader().(*io.SectionReader)
-	if !ok {
-		return stretch{}, fmt.Errorf("%s is no file", path)
-	}
-	_, at, size := r.Outer()
-	return stretch{at, size}, nil
+	return e, nil
 }
 
 // coverStructure fills in structureFile of the ISO.
