@@ -257,13 +257,13 @@ func lsHeld(w io.Writer, dir, output string) error {
 	type row struct {
 		Name, Version, ID string
 		Date              time.Time
-		Complete          bool
+		Complete, Current bool
 		Volumes           int
 		Patch             bool
 	}
 	rows := []row{}
 	for _, h := range held {
-		rows = append(rows, row{h.Name, h.Version, h.ID, h.Made, h.Complete, len(h.Volumes), h.Base != ""})
+		rows = append(rows, row{h.Name, h.Version, h.ID, h.Made, h.Complete, h.Current, len(h.Volumes), h.Base != ""})
 	}
 	if output == "json" {
 		return printJSON(w, rows)
@@ -272,8 +272,11 @@ func lsHeld(w io.Writer, dir, output string) error {
 	fmt.Fprintln(tw, "NAME\tVERSION\tDATE\tVOLUMES\tSTATE\tSET\t")
 	for _, r := range rows {
 		state := "complete"
-		if !r.Complete {
+		switch {
+		case !r.Complete:
 			state = "volumes are missing: 'platter disc import' goes on"
+		case !r.Current:
+			state = "all there, but names stand for something else: 'platter disc import' changes that"
 		}
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\t%.12s\t\n", r.Name, r.Version, r.Date.Format(time.DateOnly), r.Volumes, state, r.ID)
 	}
@@ -343,7 +346,7 @@ named, and all others come all the same.
 
 A name of the store points to something new only when all of that is there; until
 then what was there before stays. A set that is older than the one in the store is
-refused unless --older says so.`,
+refused unless --older says so; sets of one version are told apart by their date.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			st, err := images.Open(s.store)
 			if err != nil {
@@ -361,6 +364,7 @@ refused unless --older says so.`,
 				}
 			}
 			m := &meter{out: c.ErrOrStderr()}
+			o.Looked = func(done, total int64) { m.say("reading the store", done, total) }
 			o.Progress = func(done, total int64) { m.say("copying", done, total) }
 			got, err := disc.Import(c.Context(), d, o)
 			if got != nil {

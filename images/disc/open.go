@@ -295,14 +295,3 @@ func (d *Discs) Extract(folder, dir string) error {
 	}
 	return nil
 }
-
-func (d *Discs) damage(v *volume, path string, at int64, c Chunk, err error) error {
-	if errors.Is(err, errDiffers) {
-		err = nil
-	}
-	set := "a set"
-	if d.Set != nil {
-		set = d.Set.String()
-	}
-	return &Damage{Set: set, Volume: v.number, Source: v.source, File: path, At: at, Size: c.Size, Err: err}
-}

@@ -1,7 +1,6 @@
 package disc
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // medium is where a volume's files lie: a folder that it is mounted on, an ISO
@@ -25,7 +26,17 @@ type medium interface {
 type mediumFile struct {
 	io.ReaderAt
 	size  int64
+	from  *os.File // what the bytes are read from, the first of them at begin
+	begin int64
 	close func() error
+}
+
+// forget has a stretch of the file read from the medium next time, not from the
+// memory of this machine, which works by pages.
+func (m mediumFile) forget(at, size int64) {
+	const page = 4096
+	from := (m.begin + at) / page * page
+	unix.Fadvise(int(m.from.Fd()), from, (m.begin+at+size-from+page-1)/page*page, unix.FADV_DONTNEED) // it is only a wish
 }
 
 // openMedium looks at what path is. For an ISO file or a drive that ends too
@@ -67,7 +78,7 @@ func (d folder) open(path string) (mediumFile, error) {
 		f.Close()
 		return mediumFile{}, err
 	}
-	return mediumFile{f, st.Size(), f.Close}, nil
+	return mediumFile{f, st.Size(), f, 0, f.Close}, nil
 }
 
 func (d folder) files() ([]string, error) {
@@ -122,7 +133,7 @@ func (i *iso) open(path string) (mediumFile, error) {
 	if !ok {
 		return mediumFile{}, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
 	}
-	return mediumFile{io.NewSectionReader(i.f, e.at, e.size), e.size, func() error { return nil }}, nil
+	return mediumFile{io.NewSectionReader(i.f, e.at, e.size), e.size, i.f, e.at, func() error { return nil }}, nil
 }
 
 func (i *iso) files() ([]string, error) { return slices.Sorted(maps.Keys(i.all)), nil }
@@ -146,39 +157,20 @@ func readAll(m medium, path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// Damage is a stretch of a volume that is not what the set's manifest says.
-type Damage struct {
-	Set    string // for people
-	Volume int
-	Source string // what was opened
-	File   string
-	At     int64 // where the damaged chunk begins in the file
-	Size   int64 // of the chunk
-	Err    error // why it could not be read; nil: it was read and is different
-}
-
-func (d *Damage) Error() string {
-	what := "is not what the set's manifest says"
-	if d.Err != nil {
-		what = fmt.Sprintf("cannot be read (%v)", d.Err)
-	}
-	return fmt.Sprintf("volume %d of %s (%s): file %s: the %d bytes at offset %d: %s. Clean the disc and try again, or get this volume anew; the others are not concerned",
-		d.Volume, d.Set, d.Source, d.File, d.Size, d.At, what)
-}
-
-func (d *Damage) Unwrap() error { return d.Err }
-
-// readChunk reads a chunk and compares it, once more if it is damaged: a drive may
-// do better the second time.
+// readChunk reads a chunk and compares it, once more from the medium if it is
+// damaged: a drive may do better the second time.
 func readChunk(r io.ReaderAt, at int64, c Chunk, buf []byte) ([]byte, error) {
 	b := buf[:c.Size]
 	var err error
-	for range 2 {
+	for again := range 2 {
+		if f, ok := r.(mediumFile); ok && again > 0 {
+			f.forget(at, c.Size)
+		}
 		var n int
 		if n, err = r.ReadAt(b, at); n < len(b) {
 			continue
 		}
-		if err = nil; fmt.Sprintf("%x", sha256.Sum256(b)) == c.Hash {
+		if err = nil; hashIs(b, c.Hash) {
 			return b, nil
 		}
 	}
