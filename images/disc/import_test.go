@@ -287,3 +287,27 @@ func TestFromStore(t *testing.T) {
 	}
 	whole(t, own)
 }
+
+// Every bit of the signature file counts, also those that minisign does not look at.
+func TestEveryBitOfSignature(t *testing.T) {
+	s, set, _ := shared(t)
+	dir := t.TempDir()
+	run(t, "", "xorriso", "-osirrox", "on", "-indev", set.Volumes[1], "-extract", "/", dir)
+	run(t, "", "chmod", "-R", "u+w", dir)
+	check := must[func(raw, sig []byte) error](t)(images.Signatures(s.key + ".pub"))
+	file := filepath.Join(dir, signatureFile)
+	good := must[[]byte](t)(os.ReadFile(file))
+	for at := range good {
+		for bit := byte(1); bit != 0; bit <<= 1 {
+			bad := append([]byte{}, good...)
+			bad[at] ^= bit
+			if err := os.WriteFile(file, bad, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Open(check, dir)
+			if err == nil || !named(err, signatureFile, int64(at)) || !strings.Contains(err.Error(), "volume 2") {
+				t.Errorf("bit %d of byte %d: %v", bit, at, err)
+			}
+		}
+	}
+}

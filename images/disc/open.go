@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"platter/images"
 )
 
 // Discs are those volumes of one set that are at hand.
@@ -91,6 +93,9 @@ func (d *Discs) take(v *volume) error {
 	v.number = v.find()
 	if err := d.check(manifest, signature); err != nil {
 		return errors.Join(fmt.Errorf("%s: %s of volume %s is refused: %w", v.source, SetFile, v.name(), err), v.locate(manifest, signature))
+	}
+	if !images.PlainSignature(signature) {
+		return errors.Join(fmt.Errorf("%s: %s of volume %s is damaged, though it still fits: get this volume anew", v.source, signatureFile, v.name()), v.locate(manifest, signature))
 	}
 	id := ID(manifest)
 	if d.Set == nil {
