@@ -185,7 +185,8 @@ func discVerifyCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use: "verify PATH...", Short: "Compare every byte of volumes with the set's signed manifest", Args: cobra.MinimumNArgs(1),
 		Long: `Read volumes of one set from end to end and compare every byte with the set's
-signed manifest. What is wrong is named: volume, file and offset; exit code 1.`,
+signed manifest. What is wrong is named: volume, file and offset; exit code 1. Of a
+folder that is no mounted drive only the files are compared, not the boot areas.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			d, err := s.open(args)
 			if err != nil {
@@ -196,12 +197,22 @@ signed manifest. What is wrong is named: volume, file and offset; exit code 1.`,
 			if err := d.Verify(c.Context(), func(done, total int64) { m.say("verifying", done, total) }); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(c.OutOrStdout(), "%s: every byte of %s is right\n", d.Set, volumesOf(d.Have(), len(d.Set.Volumes)))
-			return err
+			return sayVerified(c.OutOrStdout(), d)
 		},
 	}
 	s.flags(c)
 	return c
+}
+
+func sayVerified(w io.Writer, d *disc.Discs) error {
+	n, bare := len(d.Set.Volumes), d.FilesOnly()
+	if len(bare) == 0 {
+		_, err := fmt.Fprintf(w, "%s: every byte of %s is right\n", d.Set, volumesOf(d.Have(), n))
+		return err
+	}
+	_, err := fmt.Fprintf(w, "%s: every file of %s is right; of %s the boot areas were not compared: name the drive or the ISO file for that\n",
+		d.Set, volumesOf(d.Have(), n), volumesOf(bare, n))
+	return err
 }
 
 // volumesOf names volumes of a set of n.

@@ -311,3 +311,29 @@ func TestEveryBitOfSignature(t *testing.T) {
 		}
 	}
 }
+
+func TestMountedFrom(t *testing.T) {
+	const mounts = `22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+36 22 11:0 / /mnt/disc ro,relatime shared:9 master:2 - iso9660 /dev/sr0 ro,nojoliet
+37 22 11:1 / /mnt/my\040disc ro - iso9660 /dev/my\040drive ro
+38 22 11:0 /boot /mnt/part ro - iso9660 /dev/sr0 ro
+39 22 11:0 / /mnt/under ro - iso9660 /dev/sr0 ro
+40 39 0:30 / /mnt/under rw - tmpfs tmpfs rw
+41 22
+`
+	for path, want := range map[string]string{"/": "", "/mnt": "", "/mnt/disc": "/dev/sr0", "/mnt/my disc": "/dev/my drive", "/mnt/part": "", "/mnt/under": ""} {
+		if got := mountedFrom(mounts, path); got != want {
+			t.Errorf("%s: %q, want %q", path, got, want)
+		}
+	}
+}
+
+// Of files that were copied to a folder the boot areas are not there to be compared.
+func TestFilesOnly(t *testing.T) {
+	s, set, _ := shared(t)
+	dir := t.TempDir()
+	run(t, "", "xorriso", "-osirrox", "on", "-indev", set.Volumes[1], "-extract", "/", dir)
+	if got := s.open(s.site(), set.Volumes[0], dir).FilesOnly(); len(got) != 1 || got[0] != 2 {
+		t.Errorf("got %v", got)
+	}
+}

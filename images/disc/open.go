@@ -66,9 +66,9 @@ func (d *Discs) add(path string) error {
 	}
 	v := &volume{medium: m, source: path}
 	if err := d.take(v); err != nil {
-		if i, ok := m.(*iso); ok {
+		if f := m.device(); f != nil {
 			// Folders may be what is damaged: say where.
-			found, _ := d.structureDamage(v, i.f)
+			found, _ := d.structureDamage(v, f)
 			err = errors.Join(append([]error{err}, found...)...)
 		}
 		m.Close()

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +19,9 @@ type medium interface {
 	open(path string) (mediumFile, error)
 	// files are the paths of all files, sorted.
 	files() ([]string, error)
+	// device is the whole volume with all that is in no file; nil where only its
+	// files are at hand.
+	device() *os.File
 	io.Closer
 }
 
@@ -47,7 +49,7 @@ func openMedium(path string, check func(manifest, signature []byte) error) (medi
 		return nil, fmt.Errorf("the disc at %s cannot be read: %w", path, err)
 	}
 	if st.IsDir() {
-		return folder(path), nil
+		return openFolder(path)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -62,39 +64,6 @@ func openMedium(path string, check func(manifest, signature []byte) error) (medi
 	}
 	return i, nil
 }
-
-type folder string
-
-func (d folder) open(path string) (mediumFile, error) {
-	f, err := os.Open(filepath.Join(string(d), filepath.FromSlash(path)))
-	if err != nil {
-		return mediumFile{}, err
-	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no file: %w", path, fs.ErrNotExist)
-	}
-	if err != nil {
-		f.Close()
-		return mediumFile{}, err
-	}
-	return mediumFile{f, st.Size(), f, 0, f.Close}, nil
-}
-
-func (d folder) files() ([]string, error) {
-	var out []string
-	err := filepath.WalkDir(string(d), func(path string, e fs.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
-			return err
-		}
-		rel, err := filepath.Rel(string(d), path)
-		out = append(out, filepath.ToSlash(rel))
-		return err
-	})
-	return out, err
-}
-
-func (folder) Close() error { return nil }
 
 const sector = 2048
 
@@ -137,6 +106,8 @@ func (i *iso) open(path string) (mediumFile, error) {
 }
 
 func (i *iso) files() ([]string, error) { return slices.Sorted(maps.Keys(i.all)), nil }
+
+func (i *iso) device() *os.File { return i.f }
 
 func (i *iso) Close() error { return i.f.Close() }
 

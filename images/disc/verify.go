@@ -44,8 +44,8 @@ func (d *Discs) Verify(ctx context.Context, progress func(done, total int64)) er
 				return err
 			}
 		}
-		if i, ok := v.medium.(*iso); ok && !dr.isGone() {
-			found, ok := d.structureDamage(v, i.f)
+		if f := v.device(); f != nil && !dr.isGone() {
+			found, ok := d.structureDamage(v, f)
 			if !ok {
 				found = []error{d.damage(v, structureFile, 0, Chunk{Size: structureSize}, errDiffers)}
 			}
@@ -55,6 +55,18 @@ func (d *Discs) Verify(ctx context.Context, progress func(done, total int64)) er
 		}
 	}
 	return wrong.err()
+}
+
+// FilesOnly are the numbers of those volumes at hand of which Verify sees the files
+// alone, not what the disc boots from: copies of the files, and mounted ones whose
+// drive cannot be read.
+func (d *Discs) FilesOnly() (numbers []int) {
+	for _, n := range d.Have() {
+		if d.volumes[n].device() == nil {
+			numbers = append(numbers, n)
+		}
+	}
+	return numbers
 }
 
 // verifyDerived compares the files that follow from the manifest, and looks for
