@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -308,6 +311,34 @@ func TestEveryBitOfSignature(t *testing.T) {
 			if err == nil || !named(err, signatureFile, int64(at)) || !strings.Contains(err.Error(), "volume 2") {
 				t.Errorf("bit %d of byte %d: %v", bit, at, err)
 			}
+		}
+	}
+}
+
+// Damage that is met while a disc is served is logged.
+func TestServedDamageIsLogged(t *testing.T) {
+	s, set, _ := shared(t)
+	st := s.site()
+	d := s.open(st, set.Volumes...)
+	d.volumes[1].medium = &ejected{medium: d.volumes[1].medium, cause: unix.EIO}
+	var said strings.Builder
+	all := must[*images.Store](t)(images.Open(st.Dir(), d))
+	srv := httptest.NewServer(all.Handler(slog.New(slog.NewTextHandler(&said, nil))))
+	p := set.Set.Objects[0]
+	for _, o := range set.Set.Objects {
+		if at := d.where[o.Chunks[0].Hash]; at.volume == 1 && strings.HasPrefix(at.path, "platter/pack-") {
+			p = o
+		}
+	}
+	r, err := http.Get(srv.URL + "/objects/" + p.Hash)
+	if err == nil {
+		io.Copy(io.Discard, r.Body)
+		r.Body.Close()
+	}
+	srv.Close() // after which nothing is written any more
+	for _, want := range []string{p.Hash, "volume 1 of platter 1.0", "platter/pack-1-1", "input/output error"} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("%q is not in %q", want, said.String())
 		}
 	}
 }
