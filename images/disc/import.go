@@ -179,6 +179,10 @@ func (im *importer) admit() error {
 	if im.held, err = Sets(im.Store); err != nil {
 		return err
 	}
+	if at := im.at(); at != nil && order(at, im.Set) > 0 && !im.Older {
+		return fmt.Errorf("the store %s has %s of %s, which is newer than %s of %s: go back to the older one with --older",
+			im.Store.Dir(), at, at.Made.Format(time.DateOnly), im.Set, im.Set.Made.Format(time.DateOnly))
+	}
 	for _, h := range im.held {
 		switch {
 		case h.ID == im.ID || h.Complete:
@@ -190,10 +194,6 @@ func (im *importer) admit() error {
 		if err := im.drop(h); err != nil {
 			return err
 		}
-	}
-	if at := im.at(); at != nil && order(at, im.Set) > 0 && !im.Older {
-		return fmt.Errorf("the store %s has %s of %s, which is newer than %s of %s: go back to the older one with --older",
-			im.Store.Dir(), at, at.Made.Format(time.DateOnly), im.Set, im.Set.Made.Format(time.DateOnly))
 	}
 	return nil
 }
@@ -323,11 +323,14 @@ func (im *importer) survey(ctx context.Context) error {
 	// What came before is asked, not remembered.
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
+	var begun []*arriving
 	for _, a := range im.objects {
-		if !a.begun() {
-			continue
+		if a.begun() {
+			begun = append(begun, a)
+			im.toLook += a.Object.Size
 		}
-		im.toLook += a.Object.Size
+	}
+	for _, a := range begun {
 		g.Go(func() error { return im.ask(gctx, a) })
 	}
 	if err := g.Wait(); err != nil {
