@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"platter/provision"
 )
@@ -113,8 +114,10 @@ const partPrefix = ".part-"
 // outlives the program; which bytes are right is for the caller to find out.
 type Arriving struct {
 	*os.File
-	s *Store
-	o provision.Object
+	// New: nothing of it had come before.
+	New bool
+	s   *Store
+	o   provision.Object
 }
 
 // Arrive opens the object o as far as it has come, a file of its full length.
@@ -122,22 +125,48 @@ func (s *Store) Arrive(o provision.Object) (*Arriving, error) {
 	if !hexHash.MatchString(o.Hash) || o.Size < 0 {
 		return nil, fmt.Errorf("%.80q with %d bytes is no object", o.Hash, o.Size)
 	}
-	f, err := os.OpenFile(filepath.Join(s.dir, "objects", partPrefix+o.Hash), os.O_RDWR|os.O_CREATE, 0o644)
+	path := filepath.Join(s.dir, "objects", partPrefix+o.Hash)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrPermission) && os.Chmod(path, 0o644) == nil { // it was cut short while it was committed
+		f, err = os.OpenFile(path, os.O_RDWR, 0)
+	}
+	fresh := errors.Is(err, fs.ErrNotExist)
+	if fresh {
+		f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("image store %s cannot be written: %w", s.dir, err)
 	}
-	if err := f.Truncate(o.Size); err != nil {
+	a := &Arriving{f, fresh, s, o}
+	if err := f.Truncate(o.Size); err != nil { // a file system without holes may be full
 		f.Close()
+		if fresh {
+			err = errors.Join(err, s.Drop(o))
+		}
 		return nil, fmt.Errorf("image store %s cannot be written: %w", s.dir, err)
 	}
-	return &Arriving{f, s, o}, nil
+	return a, nil
+}
+
+// Allocated is how many bytes of the disk the object has, also those that have
+// not come: a file system without holes, such as FAT, gives it all of them at once.
+func (a *Arriving) Allocated() (int64, error) {
+	st, err := a.Stat()
+	if err != nil {
+		return 0, fmt.Errorf("object %s cannot be looked at: %w", a.o.Hash, err)
+	}
+	return st.Sys().(*syscall.Stat_t).Blocks * 512, nil
 }
 
 // Commit makes the object durable under its hash and closes it. That every byte
-// is right is the caller's word.
+// is right is the caller's word. It cannot be written any more only when all of it
+// is durable: where that is cut short, the next one goes on.
 func (a *Arriving) Commit() error {
 	defer a.Close()
-	if err := errors.Join(a.Chmod(0o444), a.Sync()); err != nil {
+	if err := a.Sync(); err != nil {
+		return fmt.Errorf("object %s cannot be written: %w", a.o.Hash, err)
+	}
+	if err := a.Chmod(0o444); err != nil {
 		return fmt.Errorf("object %s cannot be written: %w", a.o.Hash, err)
 	}
 	if err := os.Rename(a.Name(), a.s.objectPath(a.o.Hash)); err != nil {
@@ -155,26 +184,40 @@ func (s *Store) Drop(o provision.Object) error {
 }
 
 // SetRef lets name point to the manifest with this digest, which is in the
-// store and for which signature counts. Nothing changes when it returns an
-// error.
+// store and for which signature counts. Both are compared also where name points
+// there already: what has rotted is said, and a signature that is another one is
+// replaced. The name stays as it is when it returns an error.
 func (s *Store) SetRef(name, digest string, signature []byte) error {
 	if !refName.MatchString(name) || !hexHash.MatchString(digest) {
 		return fmt.Errorf("%.80q with manifest %.80q is no name for the image store", name, digest)
-	}
-	if r, err := s.readRef(name); err == nil && r.Digest == digest && r.signature == nil {
-		return nil
 	}
 	raw, err := os.ReadFile(s.objectPath(digest))
 	if err != nil {
 		return fmt.Errorf("manifest %s of %s is missing from the store: %w", digest, name, err)
 	}
+	if got := hexSum(raw); got != digest {
+		return fmt.Errorf("manifest %s of %s has rotted in the store %s, its content hashes to %s: bring it anew with 'platter disc import --repair'", digest, name, s.dir, got)
+	}
 	if err := s.CheckSignature(raw, signature); err != nil {
 		return fmt.Errorf("manifest %s of %s is refused: %w", digest, name, err)
 	}
-	if err := writeFile(s.objectPath(digest)+sigSuffix, signature); err != nil {
-		return err
+	sigFile := s.objectPath(digest) + sigSuffix
+	if have, err := os.ReadFile(sigFile); err != nil || !bytes.Equal(have, signature) {
+		if err := writeFile(sigFile, signature); err != nil {
+			return err
+		}
+	}
+	if s.PointsTo(name, digest) {
+		return nil
 	}
 	return s.writeRef(name, ref{Digest: digest})
+}
+
+// PointsTo tells whether name stands for the manifest with this digest in the
+// store's own folder.
+func (s *Store) PointsTo(name, digest string) bool {
+	r, err := s.readRef(name)
+	return err == nil && r.signature == nil && r.Digest == digest
 }
 
 // Hash is a hash over every name in the store and the manifest that it points to,

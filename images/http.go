@@ -3,7 +3,9 @@ package images
 import (
 	"bytes"
 	"errors"
+	"io"
 	"io/fs"
+	"log/slog"
 	"net/http"
 	"os"
 	"regexp"
@@ -14,8 +16,9 @@ import (
 var objectURL = regexp.MustCompile(`^/objects/([0-9a-f]{64}(?:\.minisig)?)$`)
 
 // Handler serves GET and HEAD /objects/HASH and /objects/HASH.minisig, with
-// ranges. There is nothing else to be had: every other path gets a 404.
-func (s *Store) Handler() http.Handler {
+// ranges. There is nothing else to be had: every other path gets a 404. Damage that
+// is met on a disc is logged; whoever asked only sees that the answer ends early.
+func (s *Store) Handler(log *slog.Logger) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
 			w.Header().Set("Allow", "GET, HEAD")
@@ -47,8 +50,28 @@ func (s *Store) Handler() http.Handler {
 		h.Set("Etag", `"`+m[1]+`"`)
 		h.Set("Cache-Control", "public, max-age=31536000, immutable")
 		// A file goes in as it is, so that the kernel can send it.
+		if _, plain := f.(*os.File); !plain {
+			f = &watched{File: f, failed: func(err error) {
+				log.Warn("an object cannot be served whole", "object", m[1], "to", r.RemoteAddr, "err", err)
+			}}
+		}
 		http.ServeContent(w, r, "", st.ModTime(), f)
 	})
+}
+
+// watched is a File whose first failure to read is told.
+type watched struct {
+	File
+	failed func(error) // nil once it was told
+}
+
+func (w *watched) Read(b []byte) (int, error) {
+	n, err := w.File.Read(b)
+	if err != nil && !errors.Is(err, io.EOF) && w.failed != nil {
+		w.failed(err)
+		w.failed = nil
+	}
+	return n, err
 }
 
 // openServed opens an object, or the signature of a manifest.

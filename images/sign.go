@@ -189,7 +189,22 @@ func (s *Store) readSecretKey(file string) (secretKey, error) {
 
 // sign makes a signature that depends on nothing but its arguments.
 func (k secretKey) sign(raw []byte, name string) []byte {
-	return minisign.SignWithComments(k.PrivateKey, raw, "platter:"+name, "signature from a Platter key")
+	return minisign.SignWithComments(k.PrivateKey, raw, "platter:"+name, untrustedComment)
+}
+
+// untrustedComment is the one line of our signatures that none of them covers.
+const untrustedComment = "signature from a Platter key"
+
+// PlainSignature tells whether sig is written as ours are, to the bit. Minisign also
+// takes one with another comment, or with bits set that its base64 does not use.
+func PlainSignature(sig []byte) bool {
+	var s minisign.Signature
+	if s.UnmarshalText(sig) != nil {
+		return false
+	}
+	s.UntrustedComment = untrustedComment
+	plain, err := s.MarshalText()
+	return err == nil && bytes.Equal(plain, sig)
 }
 
 // verify accepts raw if one of keys made sig for it.

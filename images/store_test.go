@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"io"
+	"log/slog"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -554,7 +555,7 @@ func TestHandler(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("half"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	srv := httptest.NewServer(s.Handler())
+	srv := httptest.NewServer(s.Handler(slog.New(slog.DiscardHandler)))
 	defer srv.Close()
 
 	do := func(method, path, span string) (*http.Response, []byte) {
@@ -653,7 +654,7 @@ func TestHandlerLetsTheKernelSend(t *testing.T) {
 	s, key := testStore(t)
 	im := publishSample(t, s, key, "debian-13")
 	w := &sendfileProbe{ResponseRecorder: httptest.NewRecorder()}
-	s.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/objects/"+im.Pack.Hash, nil))
+	s.Handler(slog.New(slog.DiscardHandler)).ServeHTTP(w, httptest.NewRequest("GET", "/objects/"+im.Pack.Hash, nil))
 	if !w.file {
 		t.Error("the response was not read from an *os.File")
 	}
@@ -669,7 +670,7 @@ func FuzzHandler(f *testing.F) {
 		req := httptest.NewRequest("HEAD", "/", nil)
 		req.URL.Path = path
 		w := httptest.NewRecorder()
-		s.Handler().ServeHTTP(w, req)
+		s.Handler(slog.New(slog.DiscardHandler)).ServeHTTP(w, req)
 		if w.Code != 404 && path != "/objects/"+im.Pack.Hash && !isManifest(s, path) {
 			t.Errorf("%q gave %d", path, w.Code)
 		}

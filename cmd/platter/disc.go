@@ -185,7 +185,8 @@ func discVerifyCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use: "verify PATH...", Short: "Compare every byte of volumes with the set's signed manifest", Args: cobra.MinimumNArgs(1),
 		Long: `Read volumes of one set from end to end and compare every byte with the set's
-signed manifest. What is wrong is named: volume, file and offset; exit code 1.`,
+signed manifest. What is wrong is named: volume, file and offset; exit code 1. Of a
+folder that is no mounted drive only the files are compared, not the boot areas.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			d, err := s.open(args)
 			if err != nil {
@@ -196,12 +197,22 @@ signed manifest. What is wrong is named: volume, file and offset; exit code 1.`,
 			if err := d.Verify(c.Context(), func(done, total int64) { m.say("verifying", done, total) }); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(c.OutOrStdout(), "%s: every byte of %s is right\n", d.Set, volumesOf(d.Have(), len(d.Set.Volumes)))
-			return err
+			return sayVerified(c.OutOrStdout(), d)
 		},
 	}
 	s.flags(c)
 	return c
+}
+
+func sayVerified(w io.Writer, d *disc.Discs) error {
+	n, bare := len(d.Set.Volumes), d.FilesOnly()
+	if len(bare) == 0 {
+		_, err := fmt.Fprintf(w, "%s: every byte of %s is right\n", d.Set, volumesOf(d.Have(), n))
+		return err
+	}
+	_, err := fmt.Fprintf(w, "%s: every file of %s is right; of %s the boot areas were not compared: name the drive or the ISO file for that\n",
+		d.Set, volumesOf(d.Have(), n), volumesOf(bare, n))
+	return err
 }
 
 // volumesOf names volumes of a set of n.
@@ -257,13 +268,13 @@ func lsHeld(w io.Writer, dir, output string) error {
 	type row struct {
 		Name, Version, ID string
 		Date              time.Time
-		Complete          bool
+		Complete, Current bool
 		Volumes           int
 		Patch             bool
 	}
 	rows := []row{}
 	for _, h := range held {
-		rows = append(rows, row{h.Name, h.Version, h.ID, h.Made, h.Complete, len(h.Volumes), h.Base != ""})
+		rows = append(rows, row{h.Name, h.Version, h.ID, h.Made, h.Complete, h.Current, len(h.Volumes), h.Base != ""})
 	}
 	if output == "json" {
 		return printJSON(w, rows)
@@ -272,8 +283,11 @@ func lsHeld(w io.Writer, dir, output string) error {
 	fmt.Fprintln(tw, "NAME\tVERSION\tDATE\tVOLUMES\tSTATE\tSET\t")
 	for _, r := range rows {
 		state := "complete"
-		if !r.Complete {
+		switch {
+		case !r.Complete:
 			state = "volumes are missing: 'platter disc import' goes on"
+		case !r.Current:
+			state = "all there, but names stand for something else: 'platter disc import' changes that"
 		}
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\t%.12s\t\n", r.Name, r.Version, r.Date.Format(time.DateOnly), r.Volumes, state, r.ID)
 	}
@@ -343,7 +357,7 @@ named, and all others come all the same.
 
 A name of the store points to something new only when all of that is there; until
 then what was there before stays. A set that is older than the one in the store is
-refused unless --older says so.`,
+refused unless --older says so; sets of one version are told apart by their date.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			st, err := images.Open(s.store)
 			if err != nil {
@@ -361,6 +375,7 @@ refused unless --older says so.`,
 				}
 			}
 			m := &meter{out: c.ErrOrStderr()}
+			o.Looked = func(done, total int64) { m.say("reading the store", done, total) }
 			o.Progress = func(done, total int64) { m.say("copying", done, total) }
 			got, err := disc.Import(c.Context(), d, o)
 			if got != nil {

@@ -152,7 +152,7 @@ func serve(ctx context.Context, o serveOptions, place *successorPlace, log *slog
 
 	boot := &pxe.Server{
 		Networks: rack.Networks, Backend: host, IPXE: os.DirFS(o.loaders()),
-		Objects: imgs.Handler(), Leases: filepath.Join(o.state, dischost.LeasesFile), Log: log, Share: place != nil,
+		Objects: imgs.Handler(log), Leases: filepath.Join(o.state, dischost.LeasesFile), Log: log, Share: place != nil,
 	}
 	if err := boot.Listen(ctx); err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/http/httptest"
@@ -805,7 +806,7 @@ func TestServeFromDiscs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := httptest.NewServer(all.Handler())
+	srv := httptest.NewServer(all.Handler(slog.New(slog.DiscardHandler)))
 	defer srv.Close()
 	pack := must[[]byte](t)(os.ReadFile(filepath.Join(s.store.Dir(), "objects", im.Pack.Hash)))
 	for _, r := range []struct{ from, n int64 }{{0, im.Pack.Size}, {1, 10}, {150_000, 400_000}, {im.Pack.Size - 5, 5}} {

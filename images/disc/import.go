@@ -14,7 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
+	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sync/errgroup"
@@ -36,6 +36,9 @@ type ImportOptions struct {
 	// Progress is told bytes that came, of those that the volumes at hand have
 	// for the store.
 	Progress func(done, total int64)
+	// Looked, which may be nil, is told bytes of the store that were read before
+	// that: what came earlier, and what the set may have in common with it.
+	Looked func(done, total int64)
 }
 
 // Imported is what a store has of a set after an import.
@@ -66,13 +69,7 @@ func Import(ctx context.Context, d *Discs, o ImportOptions) (*Imported, error) {
 	if err := im.admit(); err != nil {
 		return nil, err
 	}
-	if err := im.survey(ctx); err != nil {
-		return nil, err
-	}
-	if err := im.based(); err != nil {
-		return nil, err
-	}
-	if err := errors.Join(im.room(), im.note()); err != nil {
+	if err := im.prepare(ctx); err != nil {
 		return nil, err
 	}
 	damage, err := im.copy(ctx)
@@ -80,7 +77,7 @@ func Import(ctx context.Context, d *Discs, o ImportOptions) (*Imported, error) {
 		return nil, im.explain(err)
 	}
 	out, err := im.settle()
-	return out, errors.Join(errors.Join(damage...), err)
+	return out, errors.Join(damage, err)
 }
 
 // lock keeps other imports away from the store until it is released.
@@ -102,8 +99,9 @@ const setsFolder = "sets"
 // Held is a set of which a store has taken in something.
 type Held struct {
 	*Set
-	ID       string
-	Complete bool
+	ID string
+	// Complete: all objects are there. Current: the store's names stand for them.
+	Complete, Current bool
 }
 
 // Sets lists the sets that the store has taken in, wholly or not, in the order of
@@ -131,26 +129,39 @@ func Sets(s *images.Store) ([]Held, error) {
 		for _, obj := range set.Objects {
 			h.Complete = h.Complete && s.Has(obj.Object)
 		}
+		h.Current = h.Complete && !slices.ContainsFunc(set.Refs, func(r Ref) bool { return !s.PointsTo(r.Name, r.Digest) })
 		out = append(out, h)
 	}
 	slices.SortFunc(out, func(a, b Held) int {
 		if c := strings.Compare(a.Name, b.Name); c != 0 {
 			return c
 		}
-		return versions.Order(a.Version, b.Version)
+		return order(a.Set, b.Set)
 	})
 	return out, nil
+}
+
+// order says which of two sets of one name is newer. One that was made again
+// keeps its version.
+func order(a, b *Set) int {
+	if c := versions.Order(a.Version, b.Version); c != 0 {
+		return c
+	}
+	return a.Made.Compare(b.Made)
 }
 
 type importer struct {
 	*Discs
 	ImportOptions
+	held    []Held      // by the store, before
+	noted   bool        // by this import, as a set that the store takes in
 	objects []*arriving // those that the store lacks
 	kept    int64
 	total   int64 // to be read
 
-	mu   sync.Mutex
-	read int64 // under mu, and what the objects have
+	mu             sync.Mutex
+	read           int64 // under mu, and what the objects have
+	looked, toLook int64
 }
 
 // arriving is an object on its way.
@@ -164,35 +175,91 @@ type arriving struct {
 
 // admit says whether the set may come into the store.
 func (im *importer) admit() error {
-	held, err := Sets(im.Store)
-	if err != nil {
+	var err error
+	if im.held, err = Sets(im.Store); err != nil {
 		return err
 	}
-	for _, h := range held {
+	if at := im.at(); at != nil && order(at, im.Set) > 0 && !im.Older {
+		return fmt.Errorf("the store %s has %s of %s, which is newer than %s of %s: go back to the older one with --older",
+			im.Store.Dir(), at, at.Made.Format(time.DateOnly), im.Set, im.Set.Made.Format(time.DateOnly))
+	}
+	for _, h := range im.held {
 		switch {
-		case h.ID == im.ID:
+		case h.ID == im.ID || h.Complete:
 			continue
-		case !h.Complete && !im.Instead:
+		case !im.Instead:
 			return fmt.Errorf("the store %s has taken in a part of the set %.12s (%s); volume %v is of the set %.12s (%s). Insert the other volumes of %s first, or give them up with --instead",
 				im.Store.Dir(), h.ID, h.Set, im.Have(), im.ID, im.Set, h.Set)
-		case !h.Complete:
-			if err := im.drop(h); err != nil {
-				return err
-			}
-		case h.Name == im.Set.Name && versions.Order(h.Version, im.Set.Version) > 0 && !im.Older:
-			return fmt.Errorf("the store %s has %s, which is newer than %s: go back to the older one with --older", im.Store.Dir(), h.Set, im.Set)
+		}
+		if err := im.drop(h); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// note makes the set one that the store takes in.
+// at is the set that the store's names stand for. Where they were changed since
+// and stand for no set as a whole, it is the newest that came.
+func (im *importer) at() (newest *Set) {
+	current := false
+	for _, h := range im.held { // in order
+		if h.Name == im.Set.Name && h.Complete && (h.Current || !current) {
+			newest, current = h.Set, h.Current
+		}
+	}
+	return newest
+}
+
+// prepare finds out what the store lacks. Where it cannot take the set it is left
+// as it was.
+func (im *importer) prepare(ctx context.Context) error {
+	if err := im.note(); err != nil {
+		return im.explain(err)
+	}
+	if err := im.arrive(ctx); err != nil {
+		return im.refuse(err)
+	}
+	if err := im.survey(ctx); err != nil {
+		return im.explain(err)
+	}
+	if err := im.based(); err != nil {
+		return im.refuse(err)
+	}
+	if err := im.room(); err != nil {
+		return im.refuse(err)
+	}
+	return nil
+}
+
+// note makes the set one that the store takes in, before anything of it is there:
+// what is there without a note nobody would give up.
 func (im *importer) note() error {
 	dir := filepath.Join(im.Store.Dir(), setsFolder)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("the store %s cannot be written: %w", im.Store.Dir(), err)
 	}
+	im.noted = !slices.ContainsFunc(im.held, func(h Held) bool { return h.ID == im.ID })
 	return errors.Join(writeFile(filepath.Join(dir, im.ID+".json.minisig"), im.signature), writeFile(filepath.Join(dir, im.ID+".json"), im.manifest))
+}
+
+// refuse takes back what this import began.
+func (im *importer) refuse(why error) error {
+	errs := []error{why}
+	for _, a := range im.objects {
+		if a.file.New {
+			errs = append(errs, im.Store.Drop(a.Object.Object))
+		}
+	}
+	if im.noted {
+		errs = append(errs, unnote(im.Store, im.ID))
+	}
+	return errors.Join(errs...)
+}
+
+// unnote forgets that the store takes in a set.
+func unnote(s *images.Store, id string) error {
+	name := filepath.Join(s.Dir(), setsFolder, id+".json")
+	return errors.Join(os.Remove(name), os.Remove(name+".minisig"))
 }
 
 // drop forgets a set that has not come whole.
@@ -202,69 +269,75 @@ func (im *importer) drop(h Held) error {
 			return err
 		}
 	}
-	name := filepath.Join(im.Store.Dir(), setsFolder, h.ID+".json")
-	return errors.Join(os.Remove(name), os.Remove(name+".minisig"))
+	return unnote(im.Store, h.ID)
 }
 
-// survey finds out which chunks the store lacks. Those that it has in other
-// objects are copied.
-func (im *importer) survey(ctx context.Context) error {
-	var lacks []*arriving
-	missing := map[string][]spot{}
+// arrive opens the objects that the store lacks.
+func (im *importer) arrive(ctx context.Context) error {
+	var lacks []*Object
 	for i := range im.Set.Objects {
 		o := &im.Set.Objects[i]
-		if im.Store.Has(o.Object) {
-			right := true
-			if im.Repair {
-				var err error
-				if right, err = im.right(ctx, o); err != nil {
-					return err
-				}
-			}
-			if right {
-				im.kept += o.Size
-				continue
-			}
+		right, err := im.right(ctx, o)
+		if err != nil {
+			return err
 		}
+		if right {
+			im.kept += o.Size
+		} else {
+			lacks = append(lacks, o)
+		}
+	}
+	for _, o := range lacks {
 		f, err := im.Store.Arrive(o.Object)
+		if errors.Is(err, unix.ENOSPC) {
+			return im.crowded(lacks, err)
+		}
 		if err != nil {
 			return err
 		}
 		a := &arriving{Object: o, file: f, have: make([]bool, len(o.Chunks)), left: len(o.Chunks)}
-		im.objects = append(im.objects, a)
 		at := int64(0)
 		for _, c := range o.Chunks {
 			a.at = append(a.at, at)
 			at += c.Size
 		}
-		lacks = append(lacks, a)
+		im.objects = append(im.objects, a)
 	}
+	return nil
+}
+
+// crowded is the error where the disk gives objects all of their bytes at once and
+// is full then.
+func (im *importer) crowded(lacks []*Object, err error) error {
+	var need int64
+	for _, o := range lacks {
+		need += o.Object.Size
+	}
+	return fmt.Errorf("the disk of the store %s is full before the %.1f MB of objects that the store lacks have their places: make room, or name a store on another disk: %w",
+		im.Store.Dir(), float64(need)/1e6, err)
+}
+
+// survey finds out which chunks the store lacks. Those that it has in other
+// objects are copied.
+func (im *importer) survey(ctx context.Context) error {
 	// What came before is asked, not remembered.
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, a := range lacks {
-		if !a.begun() {
-			continue
+	var begun []*arriving
+	for _, a := range im.objects {
+		if a.begun() {
+			begun = append(begun, a)
+			im.toLook += a.Object.Size
 		}
-		g.Go(func() error {
-			buf := make([]byte, maxChunk)
-			for k, c := range a.Chunks {
-				if gctx.Err() != nil {
-					return gctx.Err()
-				}
-				b := buf[:c.Size]
-				if n, _ := a.file.ReadAt(b, a.at[k]); int64(n) == c.Size && hashIs(b, c.Hash) {
-					a.have[k] = true
-					a.left--
-				}
-			}
-			return nil
-		})
+	}
+	for _, a := range begun {
+		g.Go(func() error { return im.ask(gctx, a) })
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	for _, a := range lacks {
+	missing := map[string][]spot{}
+	for _, a := range im.objects {
 		for k, c := range a.Chunks {
 			if a.have[k] {
 				im.kept += c.Size
@@ -276,18 +349,51 @@ func (im *importer) survey(ctx context.Context) error {
 	return im.fromStore(ctx, missing)
 }
 
-// right tells whether an object that the store has is what it should be.
+// ask finds out which chunks of an object are there.
+func (im *importer) ask(ctx context.Context, a *arriving) error {
+	buf := make([]byte, maxChunk)
+	for k, c := range a.Chunks {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		b := buf[:c.Size]
+		if n, _ := a.file.ReadAt(b, a.at[k]); int64(n) == c.Size && hashIs(b, c.Hash) {
+			a.have[k] = true
+			a.left--
+		}
+		im.look(c.Size)
+	}
+	return nil
+}
+
+// look tells how much of the store was read.
+func (im *importer) look(n int64) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.looked += n
+	if im.Looked != nil {
+		im.Looked(im.looked, im.toLook)
+	}
+}
+
+// right tells whether the store has an object, and, with Repair, whether that is
+// what it should be.
 func (im *importer) right(ctx context.Context, o *Object) (bool, error) {
+	if !im.Store.Has(o.Object) || !im.Repair {
+		return im.Store.Has(o.Object), nil
+	}
 	f, err := im.Store.OpenObject(o.Hash)
 	if err != nil {
 		return false, err
 	}
 	defer f.Close()
 	buf := make([]byte, maxChunk)
+	im.toLook += o.Object.Size
 	for _, c := range o.Chunks {
 		if ctx.Err() != nil {
 			return false, ctx.Err()
 		}
+		im.look(c.Size)
 		if _, err := io.ReadFull(f, buf[:c.Size]); err != nil || !hashIs(buf[:c.Size], c.Hash) {
 			return false, nil
 		}
@@ -309,23 +415,14 @@ func (im *importer) based() error {
 	if len(lost) == 0 {
 		return nil
 	}
-	for _, a := range im.objects {
-		if err := im.Store.Drop(a.Object.Object); err != nil {
-			return err
-		}
-	}
 	return fmt.Errorf("%s is a patch for the store %.12s, and the store %s lacks what %d of its objects build on: import the whole set, or ask for a patch with this store's inventory ('platter disc inventory')",
 		im.Set, im.Set.Base, im.Store.Dir(), len(lost))
 }
 
 // begun tells whether anything was written to the object's file before.
 func (a *arriving) begun() bool {
-	st, err := a.file.Stat()
-	if err != nil {
-		return false
-	}
-	sys, ok := st.Sys().(*syscall.Stat_t)
-	return !ok || sys.Blocks > 0
+	n, err := a.file.Allocated()
+	return err == nil && n > 0 && !a.file.New
 }
 
 type spot struct {
@@ -333,45 +430,126 @@ type spot struct {
 	k int
 }
 
-// fromStore copies what is missing from other objects of the store.
+// fromStore copies what is missing from other objects of the store, until nothing
+// is.
 func (im *importer) fromStore(ctx context.Context, missing map[string][]spot) error {
-	if len(missing) == 0 {
+	found := func(c Chunk, b []byte) error {
+		spots := missing[c.Hash]
+		delete(missing, c.Hash)
+		if err := put(spots, b); err != nil {
+			return err
+		}
+		done(spots)
+		im.kept += c.Size * int64(len(spots))
 		return nil
 	}
-	names, err := im.Store.Refs()
-	if err != nil || len(names) == 0 {
+	listed, err := im.fromListed(ctx, missing, found)
+	if err != nil || len(missing) == 0 {
 		return err
 	}
-	seen := map[string]bool{}
+	others, err := im.unlisted(listed)
+	if err != nil {
+		return err
+	}
+	for _, o := range others {
+		im.toLook += o.Size
+	}
+	for _, o := range others {
+		err := objectChunks(ctx, im.Store, o, func(c Chunk, b []byte) error {
+			im.look(c.Size)
+			if err := found(c, b); err != nil {
+				return err
+			}
+			if len(missing) == 0 {
+				return errEnough
+			}
+			return nil
+		})
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, unix.ENOSPC):
+			return err
+		case errors.Is(err, errEnough):
+			return nil
+		} // one that is damaged is not needed: the disc may have it
+	}
+	return nil
+}
+
+// errEnough ends the reading of an object early.
+var errEnough = errors.New("nothing is missing any more")
+
+// fromListed looks where the sets that came into the store say that a missing chunk
+// is. It returns the objects of which they say what is in them.
+func (im *importer) fromListed(ctx context.Context, missing map[string][]spot, found func(Chunk, []byte) error) (listed map[string]bool, err error) {
+	listed = map[string]bool{}
+	for _, h := range append(im.held, Held{Set: im.Set}) {
+		for i := range h.Objects {
+			o := &h.Objects[i]
+			if listed[o.Hash] || !im.Store.Has(o.Object) {
+				continue
+			}
+			listed[o.Hash] = true
+			if err := im.fromObject(ctx, o, missing, found); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return listed, nil
+}
+
+// fromObject reads the chunks of an object that are missing elsewhere.
+func (im *importer) fromObject(ctx context.Context, o *Object, missing map[string][]spot, found func(Chunk, []byte) error) error {
+	var f images.File
+	buf := make([]byte, maxChunk)
+	at := int64(0)
+	for _, c := range o.Chunks {
+		start := at
+		at += c.Size
+		if len(missing[c.Hash]) == 0 {
+			continue
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if f == nil {
+			var err error
+			if f, err = im.Store.OpenObject(o.Hash); err != nil {
+				return nil // the disc may have it
+			}
+			defer f.Close()
+		}
+		if n, _ := f.ReadAt(buf[:c.Size], start); int64(n) < c.Size || !hashIs(buf[:c.Size], c.Hash) {
+			continue
+		}
+		if err := found(c, buf[:c.Size]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unlisted are the objects of the store that came with no set. Only cutting them
+// tells what is in them.
+func (im *importer) unlisted(listed map[string]bool) (out []images.Content, err error) {
+	names, err := im.Store.Refs()
+	if err != nil {
+		return nil, err
+	}
 	for _, name := range names {
 		contents, err := im.Store.Contents(name)
 		if err != nil {
 			continue // one that is damaged is not needed: the disc may have it
 		}
 		for _, o := range contents.Objects {
-			if seen[o.Hash] || !im.Store.Has(o.Object) {
-				continue
-			}
-			seen[o.Hash] = true
-			err := objectChunks(ctx, im.Store, o, func(c Chunk, b []byte) error {
-				spots := missing[c.Hash]
-				delete(missing, c.Hash)
-				if err := put(spots, b); err != nil {
-					return err
-				}
-				done(spots)
-				im.kept += c.Size * int64(len(spots))
-				return nil
-			})
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if errors.Is(err, unix.ENOSPC) {
-				return im.explain(err)
+			if !listed[o.Hash] && im.Store.Has(o.Object) {
+				listed[o.Hash] = true
+				out = append(out, o)
 			}
 		}
 	}
-	return nil
+	return out, nil
 }
 
 // put writes a chunk to its places.
@@ -443,9 +621,19 @@ func (im *importer) room() error {
 		return fmt.Errorf("the store %s: %w", im.Store.Dir(), err)
 	}
 	tasks, _ := im.tasks()
-	var need int64
+	missing := map[*arriving]int64{}
 	for _, t := range tasks {
-		need += t.Size * int64(len(t.spots))
+		for _, s := range t.spots {
+			missing[s.arriving] += t.Chunk.Size
+		}
+	}
+	var need int64
+	for a, n := range missing {
+		allocated, err := a.file.Allocated()
+		if err != nil {
+			return err
+		}
+		need += takes(n, a.Object.Size, allocated)
 	}
 	if have := int64(st.Bavail) * st.Bsize; have < need {
 		return fmt.Errorf("the disk of the store %s has %.1f MB free and the volumes at hand bring %.1f MB: make room, or name a store on another disk", im.Store.Dir(), float64(have)/1e6, float64(need)/1e6)
@@ -453,9 +641,16 @@ func (im *importer) room() error {
 	return nil
 }
 
+// takes is how many bytes of the disk an object will still take when missing ones of
+// its size come, where the disk has given it some already.
+func takes(missing, size, allocated int64) int64 {
+	return min(missing, max(size-allocated, 0))
+}
+
 // copy reads in the order in which chunks lie, by one reader, and has several
-// compare and write them. Damaged chunks are left out and returned.
-func (im *importer) copy(ctx context.Context) (damage []error, err error) {
+// compare and write them. Damaged chunks are left out and returned, and what comes
+// after a volume was taken out.
+func (im *importer) copy(ctx context.Context) (damage, err error) {
 	var tasks []*task
 	tasks, im.total = im.tasks()
 	workers := runtime.GOMAXPROCS(0)
@@ -476,10 +671,20 @@ func (im *importer) copy(ctx context.Context) (damage []error, err error) {
 		}
 	}()
 	full := make(chan load, 2)
+	var wrong faults
+	drives := map[int]*drive{}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(full)
 		for _, t := range tasks {
+			dr := drives[t.volume]
+			if dr == nil {
+				dr = &drive{}
+				drives[t.volume] = dr
+			}
+			if dr.isGone() {
+				continue
+			}
 			var buf []byte
 			select {
 			case <-gctx.Done():
@@ -500,6 +705,11 @@ func (im *importer) copy(ctx context.Context) (damage []error, err error) {
 					l.err = nil
 				}
 			}
+			if dr.lost(l.err) {
+				wrong.add(im.takenOut(im.volumes[t.volume], t.path, t.place.at, l.err))
+				free <- buf
+				continue
+			}
 			select {
 			case <-gctx.Done():
 				return gctx.Err()
@@ -517,9 +727,7 @@ func (im *importer) copy(ctx context.Context) (damage []error, err error) {
 					}
 				}
 				if l.err != nil {
-					im.mu.Lock()
-					damage = append(damage, im.damage(im.volumes[l.volume], l.path, l.place.at, l.Chunk, l.err))
-					im.mu.Unlock()
+					wrong.add(im.damage(im.volumes[l.volume], l.path, l.place.at, l.Chunk, l.err))
 				} else if err := im.take(l.task, l.b); err != nil {
 					return err
 				}
@@ -529,7 +737,7 @@ func (im *importer) copy(ctx context.Context) (damage []error, err error) {
 		})
 	}
 	err = g.Wait()
-	return damage, err
+	return wrong.err(), err
 }
 
 // take writes a chunk to all its places.

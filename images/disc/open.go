@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"platter/images"
 )
 
 // Discs are those volumes of one set that are at hand.
@@ -64,9 +66,9 @@ func (d *Discs) add(path string) error {
 	}
 	v := &volume{medium: m, source: path}
 	if err := d.take(v); err != nil {
-		if i, ok := m.(*iso); ok {
+		if f := m.device(); f != nil {
 			// Folders may be what is damaged: say where.
-			found, _ := d.structureDamage(v, i.f)
+			found, _ := d.structureDamage(v, f)
 			err = errors.Join(append([]error{err}, found...)...)
 		}
 		m.Close()
@@ -91,6 +93,9 @@ func (d *Discs) take(v *volume) error {
 	v.number = v.find()
 	if err := d.check(manifest, signature); err != nil {
 		return errors.Join(fmt.Errorf("%s: %s of volume %s is refused: %w", v.source, SetFile, v.name(), err), v.locate(manifest, signature))
+	}
+	if !images.PlainSignature(signature) {
+		return errors.Join(fmt.Errorf("%s: %s of volume %s is damaged, though it still fits: get this volume anew", v.source, signatureFile, v.name()), v.locate(manifest, signature))
 	}
 	id := ID(manifest)
 	if d.Set == nil {
@@ -294,15 +299,4 @@ func (d *Discs) Extract(folder, dir string) error {
 		}
 	}
 	return nil
-}
-
-func (d *Discs) damage(v *volume, path string, at int64, c Chunk, err error) error {
-	if errors.Is(err, errDiffers) {
-		err = nil
-	}
-	set := "a set"
-	if d.Set != nil {
-		set = d.Set.String()
-	}
-	return &Damage{Set: set, Volume: v.number, Source: v.source, File: path, At: at, Size: c.Size, Err: err}
 }

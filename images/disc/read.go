@@ -1,19 +1,15 @@
 package disc
 
 import (
-	"bytes"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
-	"path/filepath"
-	"sort"
-	"strings"
+	"slices"
 
-	"github.com/kdomanski/iso9660"
+	"golang.org/x/sys/unix"
 )
 
 // medium is where a volume's files lie: a folder that it is mounted on, an ISO
@@ -23,13 +19,26 @@ type medium interface {
 	open(path string) (mediumFile, error)
 	// files are the paths of all files, sorted.
 	files() ([]string, error)
+	// device is the whole volume with all that is in no file; nil where only its
+	// files are at hand.
+	device() *os.File
 	io.Closer
 }
 
 type mediumFile struct {
 	io.ReaderAt
 	size  int64
+	from  *os.File // what the bytes are read from, the first of them at begin
+	begin int64
 	close func() error
+}
+
+// forget has a stretch of the file read from the medium next time, not from the
+// memory of this machine, which works by pages.
+func (m mediumFile) forget(at, size int64) {
+	const page = 4096
+	from := (m.begin + at) / page * page
+	unix.Fadvise(int(m.from.Fd()), from, (m.begin+at+size-from+page-1)/page*page, unix.FADV_DONTNEED) // it is only a wish
 }
 
 // openMedium looks at what path is. For an ISO file or a drive that ends too
@@ -40,7 +49,7 @@ func openMedium(path string, check func(manifest, signature []byte) error) (medi
 		return nil, fmt.Errorf("the disc at %s cannot be read: %w", path, err)
 	}
 	if st.IsDir() {
-		return folder(path), nil
+		return openFolder(path)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -56,121 +65,49 @@ func openMedium(path string, check func(manifest, signature []byte) error) (medi
 	return i, nil
 }
 
-type folder string
-
-func (d folder) open(path string) (mediumFile, error) {
-	f, err := os.Open(filepath.Join(string(d), filepath.FromSlash(path)))
-	if err != nil {
-		return mediumFile{}, err
-	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no file: %w", path, fs.ErrNotExist)
-	}
-	if err != nil {
-		f.Close()
-		return mediumFile{}, err
-	}
-	return mediumFile{f, st.Size(), f.Close}, nil
-}
-
-func (d folder) files() ([]string, error) {
-	var out []string
-	err := filepath.WalkDir(string(d), func(path string, e fs.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
-			return err
-		}
-		rel, err := filepath.Rel(string(d), path)
-		out = append(out, filepath.ToSlash(rel))
-		return err
-	})
-	return out, err
-}
-
-func (folder) Close() error { return nil }
-
 const sector = 2048
 
 // iso is an ISO 9660 image (ECMA-119) with Rock Ridge names.
 type iso struct {
-	f    *os.File
-	size int64 // as the volume says
-	all  map[string]*iso9660.File
+	f   *os.File
+	all map[string]stretch
 }
 
-func openISO(f *os.File) (i *iso, err error) {
-	// The library trusts what it reads.
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("its table of contents is damaged: %v", r)
-		}
-	}()
-	var head [sector]byte
-	if _, err := f.ReadAt(head[:], 16*sector); err != nil || !bytes.Equal(head[1:6], []byte("CD001")) {
-		return nil, errors.New("there is no ISO 9660 file system on it: name a volume of a set, where it is mounted, or its drive")
-	}
-	i = &iso{f: f, size: int64(binary.LittleEndian.Uint32(head[80:])) * sector, all: map[string]*iso9660.File{}}
-	have, err := f.Seek(0, io.SeekEnd)
+func openISO(f *os.File) (*iso, error) {
+	head, err := readVolumeHead(f)
 	if err != nil {
 		return nil, err
 	}
-	if have < i.size {
-		return nil, fmt.Errorf("the volume is short by %d bytes: it has %d of %d. Copy or burn it again", i.size-have, have, i.size)
+	if err := longEnough(f, head); err != nil {
+		return nil, err
 	}
-	image, err := iso9660.OpenImage(f)
+	all, err := readFolders(f, head)
 	if err != nil {
-		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
+		return nil, err
 	}
-	root, err := image.RootDir()
-	if err != nil {
-		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
-	}
-	if err := i.walk(root, "", 0); err != nil {
-		return nil, fmt.Errorf("its table of contents is damaged: %w", err)
-	}
-	return i, nil
+	return &iso{f, all}, nil
 }
 
-func (i *iso) walk(dir *iso9660.File, at string, depth int) error {
-	if depth > 8 {
-		return errors.New("its folders have no end")
+// longEnough says by how much an ISO file or a drive ends too early.
+func longEnough(f *os.File, head *volumeHead) error {
+	have, err := f.Seek(0, io.SeekEnd)
+	if err == nil && have < head.size() {
+		err = fmt.Errorf("the volume is short by %d bytes: it has %d of %d. Copy or burn it again", head.size()-have, have, head.size())
 	}
-	children, err := dir.GetChildren()
-	if err != nil {
-		return err
-	}
-	for _, c := range children {
-		path := strings.TrimPrefix(at+"/"+c.Name(), "/")
-		if c.IsDir() {
-			if err := i.walk(c, path, depth+1); err != nil {
-				return err
-			}
-			continue
-		}
-		i.all[path] = c
-	}
-	return nil
+	return err
 }
 
 func (i *iso) open(path string) (mediumFile, error) {
-	f, ok := i.all[path]
+	e, ok := i.all[path]
 	if !ok {
 		return mediumFile{}, fmt.Errorf("%s: %w", path, fs.ErrNotExist)
 	}
-	r, ok := f.Reader().(io.ReaderAt)
-	if !ok {
-		return mediumFile{}, fmt.Errorf("%s is no file: %w", path, fs.ErrNotExist)
-	}
-	return mediumFile{r, f.Size(), func() error { return nil }}, nil
+	return mediumFile{io.NewSectionReader(i.f, e.at, e.size), e.size, i.f, e.at, func() error { return nil }}, nil
 }
 
-func (i *iso) files() (out []string, err error) {
-	for p := range i.all {
-		out = append(out, p)
-	}
-	sort.Strings(out)
-	return out, nil
-}
+func (i *iso) files() ([]string, error) { return slices.Sorted(maps.Keys(i.all)), nil }
+
+func (i *iso) device() *os.File { return i.f }
 
 func (i *iso) Close() error { return i.f.Close() }
 
@@ -191,39 +128,20 @@ func readAll(m medium, path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// Damage is a stretch of a volume that is not what the set's manifest says.
-type Damage struct {
-	Set    string // for people
-	Volume int
-	Source string // what was opened
-	File   string
-	At     int64 // where the damaged chunk begins in the file
-	Size   int64 // of the chunk
-	Err    error // why it could not be read; nil: it was read and is different
-}
-
-func (d *Damage) Error() string {
-	what := "is not what the set's manifest says"
-	if d.Err != nil {
-		what = fmt.Sprintf("cannot be read (%v)", d.Err)
-	}
-	return fmt.Sprintf("volume %d of %s (%s): file %s: the %d bytes at offset %d: %s. Clean the disc and try again, or get this volume anew; the others are not concerned",
-		d.Volume, d.Set, d.Source, d.File, d.Size, d.At, what)
-}
-
-func (d *Damage) Unwrap() error { return d.Err }
-
-// readChunk reads a chunk and compares it, once more if it is damaged: a drive may
-// do better the second time.
+// readChunk reads a chunk and compares it, once more from the medium if it is
+// damaged: a drive may do better the second time.
 func readChunk(r io.ReaderAt, at int64, c Chunk, buf []byte) ([]byte, error) {
 	b := buf[:c.Size]
 	var err error
-	for range 2 {
+	for again := range 2 {
+		if f, ok := r.(mediumFile); ok && again > 0 {
+			f.forget(at, c.Size)
+		}
 		var n int
 		if n, err = r.ReadAt(b, at); n < len(b) {
 			continue
 		}
-		if err = nil; fmt.Sprintf("%x", sha256.Sum256(b)) == c.Hash {
+		if err = nil; hashIs(b, c.Hash) {
 			return b, nil
 		}
 	}

@@ -80,16 +80,11 @@ func (v Volume) structure(i *iso, id string, size int64) ([]byte, error) {
 
 // extent is where a file lies in the ISO.
 func (i *iso) extent(path string) (stretch, error) {
-	f, ok := i.all[path]
+	e, ok := i.all[path]
 	if !ok {
 		return stretch{}, fmt.Errorf("there is no %s", path)
 	}
-	r, ok := f.Reader().(*io.SectionReader)
-	if !ok {
-		return stretch{}, fmt.Errorf("%s is no file", path)
-	}
-	_, at, size := r.Outer()
-	return stretch{at, size}, nil
+	return e, nil
 }
 
 // coverStructure fills in structureFile of the ISO.
@@ -133,7 +128,7 @@ func (b *builder) coverStructure(file string, v Volume, manifest []byte) error {
 // checkStructure compares everything in the ISO f that is not in a file of its
 // set. It looks for the table by its first line, not by its name, so that damaged
 // folders do not hide it. found is false where there is none.
-func checkStructure(f io.ReaderAt, check func(manifest, signature []byte) error) (damaged []stretch, size int64, id string, found bool) {
+func checkStructure(f *os.File, check func(manifest, signature []byte) error) (damaged []stretch, size int64, id string, found bool) {
 	head := make([]byte, sector)
 	for at := int64(0); at < 64<<20; at += sector {
 		if n, _ := f.ReadAt(head, at); n < len(head) {
@@ -165,7 +160,7 @@ func checkStructure(f io.ReaderAt, check func(manifest, signature []byte) error)
 			if n, _ := fmt.Sscanf(line, "%s %d %d", &hash, &s.at, &s.size); n != 3 || s.size < 0 || s.size > structurePiece {
 				continue
 			}
-			if _, err := readChunk(f, s.at, Chunk{Size: s.size, Hash: hash}, buf); err != nil {
+			if _, err := readChunk(mediumFile{ReaderAt: f, from: f}, s.at, Chunk{Size: s.size, Hash: hash}, buf); err != nil {
 				damaged = append(damaged, s)
 			}
 		}
@@ -175,7 +170,7 @@ func checkStructure(f io.ReaderAt, check func(manifest, signature []byte) error)
 }
 
 // structureDamage names what checkStructure found; found is as there.
-func (d *Discs) structureDamage(v *volume, f io.ReaderAt) (wrong []error, found bool) {
+func (d *Discs) structureDamage(v *volume, f *os.File) (wrong []error, found bool) {
 	damaged, size, id, found := checkStructure(f, d.check)
 	if !found {
 		return nil, false

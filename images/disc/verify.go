@@ -24,17 +24,17 @@ func (d *Discs) Verify(ctx context.Context, progress func(done, total int64)) er
 		total += d.Set.Volumes[n-1].Size()
 	}
 	var mu sync.Mutex
-	var wrong []error
-	bad := func(err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		wrong = append(wrong, err)
-	}
+	var wrong faults
+	bad := wrong.add
 	for _, n := range d.Have() {
 		v := d.volumes[n]
+		var dr drive
 		d.verifyDerived(v, bad)
 		for _, f := range d.Set.Volumes[n-1].Files {
-			err := d.verifyFile(ctx, v, f, bad, func(n int64) {
+			if dr.isGone() {
+				break
+			}
+			err := d.verifyFile(ctx, v, f, &dr, bad, func(n int64) {
 				mu.Lock()
 				defer mu.Unlock()
 				done += n
@@ -44,8 +44,8 @@ func (d *Discs) Verify(ctx context.Context, progress func(done, total int64)) er
 				return err
 			}
 		}
-		if i, ok := v.medium.(*iso); ok {
-			found, ok := d.structureDamage(v, i.f)
+		if f := v.device(); f != nil && !dr.isGone() {
+			found, ok := d.structureDamage(v, f)
 			if !ok {
 				found = []error{d.damage(v, structureFile, 0, Chunk{Size: structureSize}, errDiffers)}
 			}
@@ -54,7 +54,19 @@ func (d *Discs) Verify(ctx context.Context, progress func(done, total int64)) er
 			}
 		}
 	}
-	return errors.Join(wrong...)
+	return wrong.err()
+}
+
+// FilesOnly are the numbers of those volumes at hand of which Verify sees the files
+// alone, not what the disc boots from: copies of the files, and mounted ones whose
+// drive cannot be read.
+func (d *Discs) FilesOnly() (numbers []int) {
+	for _, n := range d.Have() {
+		if d.volumes[n].device() == nil {
+			numbers = append(numbers, n)
+		}
+	}
+	return numbers
 }
 
 // verifyDerived compares the files that follow from the manifest, and looks for
@@ -87,7 +99,7 @@ func (d *Discs) verifyDerived(v *volume, bad func(error)) {
 	}
 }
 
-func (d *Discs) verifyFile(ctx context.Context, v *volume, f File, bad func(error), count func(int64)) error {
+func (d *Discs) verifyFile(ctx context.Context, v *volume, f File, dr *drive, bad func(error), count func(int64)) error {
 	m, err := v.open(f.Path)
 	if err != nil {
 		bad(d.damage(v, f.Path, 0, Chunk{Size: f.Size}, err))
@@ -102,14 +114,17 @@ func (d *Discs) verifyFile(ctx context.Context, v *volume, f File, bad func(erro
 	bufs := sync.Pool{New: func() any { b := make([]byte, maxChunk); return &b }}
 	at := int64(0)
 	for _, c := range f.Chunks {
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || dr.isGone() {
 			break
 		}
 		start := at
 		g.Go(func() error {
 			buf := bufs.Get().(*[]byte)
 			defer bufs.Put(buf)
-			if _, err := readChunk(m, start, c, *buf); err != nil {
+			_, err := readChunk(m, start, c, *buf)
+			if dr.lost(err) {
+				bad(d.takenOut(v, f.Path, start, err))
+			} else if err != nil && !dr.isGone() {
 				bad(d.damage(v, f.Path, start, c, err))
 			}
 			count(c.Size)
