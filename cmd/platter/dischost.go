@@ -524,7 +524,9 @@ func (o discHostOptions) source(ctx context.Context, image string, so *serveOpti
 	}
 	fmt.Fprintf(o.out, "\nThe set has %d volumes, which are copied to %s, one after the other.\n", volumes, so.store)
 	m := &meter{out: o.out}
-	options := disc.ImportOptions{Store: st, Instead: true, Older: true, Progress: func(done, total int64) { m.say("copying", done, total) }}
+	options := disc.ImportOptions{Store: st, Instead: true, Older: true,
+		Looked:   func(done, total int64) { m.say("reading the store", done, total) },
+		Progress: func(done, total int64) { m.say("copying", done, total) }}
 	defer unix.Unmount(o.disc, 0) // nothing is read from it any more
 	first := true
 	var left []string // drives that were not read since the last change
