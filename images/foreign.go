@@ -140,12 +140,12 @@ func (o ImportOptions) free(name string) error {
 // newest file of the tree, so that equal files make equal images.
 func (o ImportOptions) publish(ctx context.Context, work *scratch, f Foreign, newest time.Time, key secretKey, start time.Time) error {
 	root := filepath.Join(work.dir, "root")
-	used, _, err := treeBlocks(root)
+	used, _, inodes, err := treeBlocks(root)
 	if err != nil {
 		return err
 	}
 	// The file system beside the tree; the pack is smaller than the tree.
-	if err := errors.Join(enoughRoom(work.dir, used+used/10+keepFree, "the work folder"), enoughRoom(o.Store.dir, used/2+keepFree, "the image store")); err != nil {
+	if err := errors.Join(enoughRoom(work.dir, used+used/10+inodes*inodeSize+keepFree, "the work folder"), enoughRoom(o.Store.dir, used/2+keepFree, "the image store")); err != nil {
 		return err
 	}
 	var sources []source
@@ -189,29 +189,22 @@ const maxFilled = 256 << 20
 // files that are mostly holes. With one of them mkfs.ext4 alone makes the file
 // system; a second one of the same tree differs then in the times of its inodes.
 func makeForeignRoot(ctx context.Context, root, to string, date time.Time) error {
-	used, largest, err := treeBlocks(root)
+	used, largest, inodes, err := treeBlocks(root)
 	if err != nil {
 		return err
 	}
 	if largest <= maxFilled {
 		return makeRoot(ctx, root, to, date)
 	}
-	size := max(used+used/20+(journalMiB+64)<<20, 4*journalMiB<<20)
-	if err := sparse(to, size-size%(1<<20)); err != nil {
-		return err
-	}
-	if err := toolAt(ctx, date, "mkfs.ext4", "-q", "-F", "-b", fmt.Sprint(blockSize), "-i", fmt.Sprint(bytesPerInode), "-I", fmt.Sprint(inodeSize),
-		"-J", fmt.Sprintf("size=%d", journalMiB), "-m", "1", "-L", "platter-root", "-U", rootUUID,
-		"-O", strings.Join(ext4Features, ","), "-E", fmt.Sprintf("hash_seed=%s,resize=%d,lazy_itable_init=1,lazy_journal_init=1", hashSeed, uint32(1<<32-1)),
-		"-d", root, to); err != nil {
+	if err := mkfs(ctx, root, to, used, inodes, date); err != nil {
 		return err
 	}
 	return tool(ctx, "e2fsck", "-f", "-n", to)
 }
 
-// treeBlocks is the space that a tree takes, holes taking none, and the size of
-// its largest file, holes and all.
-func treeBlocks(root string) (used, largest int64, err error) {
+// treeBlocks is the space that a tree takes, holes taking none, the size of its
+// largest file, holes and all, and the number of its inodes.
+func treeBlocks(root string) (used, largest, inodes int64, err error) {
 	seen := map[uint64]bool{} // hard links
 	err = filepath.WalkDir(root, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -232,7 +225,7 @@ func treeBlocks(root string) (used, largest int64, err error) {
 		}
 		return nil
 	})
-	return used, largest, err
+	return used, largest, int64(len(seen)), err
 }
 
 // fitting is what an import changes in a tree, and says.

@@ -766,6 +766,38 @@ func TestForeignLargeFile(t *testing.T) {
 	}
 }
 
+// A tree of small files has as many inodes as it needs, in both ways that its
+// file system is made; another has as many as always.
+func TestForeignManyFiles(t *testing.T) {
+	root := foreignTree(t)
+	many := filepath.Join(root, "usr/share/many")
+	if err := os.MkdirAll(many, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const files = 20000
+	for i := range files {
+		if err := os.WriteFile(filepath.Join(many, fmt.Sprint(i)), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	part := filepath.Join(t.TempDir(), "root")
+	for _, large := range []int64{0, maxFilled + 1} {
+		if err := os.Truncate(filepath.Join(root, "etc/holes"), large); err != nil {
+			t.Fatal(err)
+		}
+		if err := makeForeignRoot(t.Context(), root, part, time.Unix(1700000000, 0)); err != nil {
+			t.Fatal(err)
+		}
+		if out := run(t, "debugfs", "-R", fmt.Sprintf("stat /usr/share/many/%d", files-1), part); !strings.Contains(out, "Type: regular") {
+			t.Error(out)
+		}
+	}
+	// What Debian's image of today has.
+	if size, count := rootShape(826<<20, 21089); size != 995<<20 || !slices.Equal(count, []string{"-i", "32768"}) {
+		t.Errorf("a tree of few files gets %d bytes, %v", size, count)
+	}
+}
+
 // stopAt is where a person presses Ctrl-C: when that is said.
 type stopAt struct {
 	said string
