@@ -67,7 +67,7 @@ func Import(ctx context.Context, o ImportOptions) (Foreign, error) {
 		}
 	}
 	start := time.Now()
-	work, err := newScratch(o.WorkDir, "import")
+	work, err := closedScratch(o.WorkDir)
 	if err != nil {
 		return Foreign{}, err
 	}
@@ -116,6 +116,31 @@ func Import(ctx context.Context, o ImportOptions) (Foreign, error) {
 		return l.Foreign, err
 	}
 	return l.Foreign, nil
+}
+
+// closedScratch is a scratch folder that other users of this machine do not get
+// into: a foreign tree has setuid programs, device nodes, passwords and folders
+// that everybody may write to, and what it holds is signed.
+func closedScratch(workDir string) (*scratch, error) {
+	if err := os.MkdirAll(workDir, 0o755); err != nil {
+		return nil, fmt.Errorf("work folder cannot be made: %w", err)
+	}
+	st, err := os.Lstat(workDir)
+	if err != nil {
+		return nil, fmt.Errorf("work folder cannot be used: %w", err)
+	}
+	if owner := st.Sys().(*syscall.Stat_t).Uid; !st.IsDir() || int(owner) != os.Geteuid() || st.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("%s may be changed by other users (it is %s, of user %d): name a folder with --work that belongs to root and that nobody else can write to", workDir, st.Mode(), owner)
+	}
+	work, err := newScratch(workDir, "import")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(work.dir, 0o700); err != nil {
+		work.remove()
+		return nil, fmt.Errorf("work folder cannot be closed to other users: %w", err)
+	}
+	return work, nil
 }
 
 // free refuses a name that an image has which was not imported.

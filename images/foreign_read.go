@@ -187,11 +187,7 @@ func unpackForeign(ctx context.Context, work *scratch, file string, out io.Write
 	if err := enoughRoom(work.dir, packed+keepFree, "the work folder"); err != nil {
 		return nil, err
 	}
-	root := filepath.Join(work.dir, "root")
-	if err := os.Mkdir(root, 0o755); err != nil {
-		return nil, err
-	}
-	j, err := openJail(root)
+	j, err := newJail(filepath.Join(work.dir, "root"))
 	if err != nil {
 		return nil, err
 	}
@@ -548,10 +544,10 @@ func (x *reading) archive(ctx context.Context) error {
 		return err
 	}
 	blobs, root := filepath.Join(x.work.dir, "oci"), filepath.Join(x.work.dir, "root")
-	if err := errors.Join(os.Rename(root, blobs), os.Mkdir(root, 0o755)); err != nil {
+	if err := os.Rename(root, blobs); err != nil {
 		return err
 	}
-	fresh, err := openJail(root)
+	fresh, err := newJail(root)
 	if err != nil {
 		return err
 	}

@@ -384,6 +384,48 @@ func TestForeignTraversal(t *testing.T) {
 	}
 }
 
+// While a tree is unpacked nobody else gets into it, and what the import makes of
+// its own accord has the same modes with any umask.
+func TestForeignWorkFolder(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "etc/deep/file", Mode: 0o644}), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	file, work := filepath.Join(dir, "tar"), filepath.Join(dir, "work")
+	if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := closedScratch(work)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unpackForeign(t.Context(), s, file, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]fs.FileMode{".": 0o700, "root": 0o755, "root/etc": 0o755, "root/etc/deep": 0o755, "root/etc/deep/file": 0o644} {
+		if st, err := os.Stat(filepath.Join(s.dir, name)); err != nil || st.Mode().Perm() != want {
+			t.Errorf("%s is %v, %v", name, st.Mode(), err)
+		}
+	}
+	s.remove()
+	for what, spoil := range map[string]func(string) error{
+		"open to all":   func(name string) error { return errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, 0o777)) },
+		"another's":     func(name string) error { return errors.Join(os.Mkdir(name, 0o700), os.Chown(name, 4711, 0)) },
+		"a link":        func(name string) error { return os.Symlink(work, name) },
+		"open to group": func(name string) error { return errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, 0o770)) },
+	} {
+		name := filepath.Join(dir, what)
+		if err := spoil(name); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Import(t.Context(), ImportOptions{File: file, WorkDir: name, Check: true, Out: io.Discard})
+		wantError(t, err, "other users", "--work", name)
+	}
+}
+
 // What is no image of a system is refused by name, and nothing of this machine
 // is read through it.
 func TestForeignRefusedFiles(t *testing.T) {

@@ -31,6 +31,17 @@ func openJail(dir string) (*jail, error) {
 	return &jail{f}, nil
 }
 
+// newJail makes dir, as / of a system is, whatever the umask.
+func newJail(dir string) (*jail, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return nil, err
+	}
+	return openJail(dir)
+}
+
 func (j *jail) Close() error { return j.dir.Close() }
 
 // at opens what name leads to.
@@ -122,6 +133,9 @@ func (j *jail) parent(name string) (*os.File, string, error) {
 			return nil, "", err
 		}
 		err = unix.Mkdirat(int(up.Fd()), last, 0o755)
+		if err == nil { // whatever the umask
+			err = unix.Fchmodat(int(up.Fd()), last, 0o755, 0)
+		}
 		up.Close()
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			return nil, "", &fs.PathError{Op: "mkdir", Path: "/" + dir, Err: err}
