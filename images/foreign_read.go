@@ -443,13 +443,14 @@ func fsType(ctx context.Context, disk string, v volume) (string, error) {
 }
 
 // Scripts that run where v is mounted on the folder $1. Links are not followed
-// out of it: what is a link is told by its name alone.
+// out of it: os-release may be one, the folders that lead to it may not.
 const (
 	lookScript = `
 for d in . root @ @rootfs; do
+	if [ -L "$1/$d" ] || [ -L "$1/$d/etc" ]; then continue; fi
 	if [ -f "$1/$d/etc/os-release" ] || [ -L "$1/$d/etc/os-release" ]; then echo "root $d"; break; fi
 done
-for k in "$1"/vmlinuz-*; do if [ -f "$k" ]; then echo kernel; break; fi; done`
+for k in "$1"/vmlinuz-*; do if [ -f "$k" ] && [ ! -L "$k" ]; then echo kernel; break; fi; done`
 	copyScript = `
 echo "used $(df --block-size=1 --output=used "$1" | tail -n 1)" >&2
 exec tar --create --file=- --directory="$1/$2" --one-file-system --numeric-owner --sparse --format=posix --xattrs --xattrs-include='*' .`

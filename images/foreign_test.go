@@ -384,6 +384,52 @@ func TestForeignTraversal(t *testing.T) {
 	}
 }
 
+// A link on a disk does not have this machine's own files taken for the disk's.
+func TestForeignDiskLinks(t *testing.T) {
+	if _, err := os.Stat("/etc/os-release"); err != nil {
+		t.Skip("this machine has no os-release that could be taken")
+	}
+	for what, link := range map[string]func(root string) error{
+		"folder":    func(root string) error { return os.Symlink("/", filepath.Join(root, "root")) },
+		"subvolume": func(root string) error { return os.Symlink("/", filepath.Join(root, "@")) },
+		"its etc":   func(root string) error { return os.Symlink("/etc", filepath.Join(root, "etc")) },
+		"its own etc": func(root string) error {
+			return errors.Join(os.Mkdir(filepath.Join(root, "@rootfs"), 0o755), os.Symlink("/etc", filepath.Join(root, "@rootfs/etc")))
+		},
+	} {
+		root := t.TempDir()
+		if err := link(root); err != nil {
+			t.Fatal(err)
+		}
+		bare := filepath.Join(t.TempDir(), "bare")
+		run(t, "mkfs.ext4", "-q", "-d", root, bare, "16m")
+		_, _, err := unpackTest(t, bare)
+		if err == nil {
+			t.Errorf("%s: this machine was taken in", what)
+			continue
+		}
+		wantError(t, err, "no partition holds one")
+	}
+}
+
+// A device node in the place of a file is not opened: one without a driver would
+// say so.
+func TestForeignDeviceForFile(t *testing.T) {
+	root := t.TempDir()
+	for name, dev := range map[string]uint64{"null": unix.Mkdev(1, 3), "none": unix.Mkdev(4000, 0)} {
+		if err := unix.Mknod(filepath.Join(root, name), unix.S_IFCHR|0o600, int(dev)); err != nil {
+			t.Fatal(err)
+		}
+		j, err := openJail(root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+		_, err = j.open(name)
+		wantError(t, err, "not a regular file")
+	}
+}
+
 // While a tree is unpacked nobody else gets into it, and what the import makes of
 // its own accord has the same modes with any umask.
 func TestForeignWorkFolder(t *testing.T) {
