@@ -151,6 +151,19 @@ func (c counted) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// untilDone reads until its context ends.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u untilDone) Read(p []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return u.r.Read(p)
+}
+
 // reading is a foreign image on its way into a tree.
 type reading struct {
 	work *scratch
@@ -206,7 +219,7 @@ func (x *reading) refuse(what, why, next string) error {
 func (x *reading) from(ctx context.Context, f *os.File) error {
 	show := progress(x.out, "reading")
 	done := int64(0)
-	r := counted{f, func(n int64) { done += n; show(done, x.size) }}
+	r := counted{untilDone{ctx, f}, func(n int64) { done += n; show(done, x.size) }}
 	first := &bytes.Buffer{}
 	if _, err := io.CopyN(first, r, headSize); err != nil && err != io.EOF {
 		return fmt.Errorf("%s cannot be read: %w", x.file, err)
@@ -514,9 +527,6 @@ func (x *reading) copyTree(ctx context.Context, disk string, v volume, sub, belo
 			ended <- err
 		}()
 		err = x.tree.unpack(ctx, counted{r, func(n int64) { done += n; show(done, max(total.Load(), done+1)) }})
-		if err == nil { // tar pads its output
-			_, err = io.Copy(io.Discard, r)
-		}
 		r.Close() // tar ends where nobody reads on
 		if runErr := <-ended; runErr != nil && (err == nil || done == 0) {
 			return runErr

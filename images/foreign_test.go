@@ -430,6 +430,59 @@ func TestForeignDeviceForFile(t *testing.T) {
 	}
 }
 
+// The checksum at the end of a packed archive counts.
+func TestForeignDamagedArchive(t *testing.T) {
+	dir := t.TempDir()
+	plain := filepath.Join(dir, "tar")
+	if err := os.MkdirAll(filepath.Join(dir, "tree/etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "dd", "if=/dev/urandom", "of="+filepath.Join(dir, "tree/etc/random"), "bs=1M", "count=1", "status=none")
+	tarOf(t, filepath.Join(dir, "tree"), plain)
+	for tool, checksum := range map[string]int64{"gzip": 8, "zstd": 1} { // how far before the end
+		out, err := exec.Command(tool, "-c", plain).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, tool)
+		for _, damaged := range []bool{false, true} {
+			if damaged {
+				out[int64(len(out))-checksum] ^= 1
+			}
+			if err := os.WriteFile(file, out, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, _, err := unpackTest(t, file)
+			if damaged {
+				wantError(t, err, "damaged", "copy the file again", file)
+			} else if err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// GNU tar has a form of its own for files with holes.
+func TestForeignGNUSparse(t *testing.T) {
+	root := foreignTree(t)
+	if err := os.Truncate(filepath.Join(root, "etc/deep/big"), 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "tar")
+	run(t, "tar", "--format=gnu", "--numeric-owner", "--sparse", "-cf", file, "-C", root, "etc")
+	_, tree, err := unpackTest(t, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := listing(t, filepath.Join(tree, "etc")), listing(t, filepath.Join(root, "etc")); got != want {
+		t.Errorf("it gives\n%s\nthe tree is\n%s", got, want)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(tree, "etc/holes"), &st); err != nil || st.Size != 16<<20 || st.Blocks > 64 {
+		t.Errorf("a hole of %d bytes takes %d blocks, %v", st.Size, st.Blocks, err)
+	}
+}
+
 // While a tree is unpacked nobody else gets into it, and what the import makes of
 // its own accord has the same modes with any umask.
 func TestForeignWorkFolder(t *testing.T) {

@@ -245,13 +245,17 @@ func inside(name string) (string, error) {
 	return path.Join(".", strings.TrimLeft(name, "/")), nil
 }
 
-// unpack lays down all of one stream. Everything of a stream is in place after
-// finish.
+// unpack lays down all of one stream and reads it to its very end: behind the
+// last entry is padding, and the checksum of a stream that was packed. Everything
+// of a stream is in place after finish.
 func (u *unpacker) unpack(ctx context.Context, r io.Reader) error {
 	t := tar.NewReader(r)
 	for {
 		h, err := t.Next()
 		if err == io.EOF {
+			if _, err := io.Copy(io.Discard, r); err != nil {
+				return fmt.Errorf("the archive is damaged, copy the file again: %w", err)
+			}
 			return nil
 		}
 		if err == nil {
@@ -314,7 +318,7 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, content io.Reader) 
 		return fmt.Errorf("it cannot take the place of what has that name already: %w", err)
 	}
 	switch h.Typeflag {
-	case tar.TypeReg:
+	case tar.TypeReg, tar.TypeGNUSparse: // whose holes are read as zeros
 		return u.file(ctx, dir, base, h, content)
 	case tar.TypeSymlink:
 		if err := unix.Symlinkat(h.Linkname, dir, base); err != nil {
