@@ -7,8 +7,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -333,31 +335,39 @@ func (l *look) fit() *fitting {
 			return errors.Join(j.put("etc/network/interfaces.before-platter", interfaces, 0o600), j.put("etc/network/interfaces", loopback, 0o644))
 		})
 	}
-	var plans []string
-	for _, name := range l.glob("etc/netplan", "") {
-		if strings.HasSuffix(name, ".yaml") {
-			plans = append(plans, name)
-		}
-	}
-	if len(plans) > 0 {
-		f.add("netplan", "its files in /etc/netplan are renamed to .before-platter: they would win over the installer's", func(j *jail) error {
-			for _, name := range plans {
-				if err := j.put(name+".before-platter", j.text(name), 0o600); err != nil {
-					return err
-				}
-				if _, err := j.remove(name); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
+	f.putAside("netplan", l.glob("etc/netplan", ""), func(name string) bool { return path.Ext(name) == ".yaml" })
+	// networkd takes for an interface the first file that matches it. A link to
+	// /dev/null only hides a file of the distribution, and goes on doing so.
+	f.putAside("systemd-networkd's files", l.glob("etc/systemd/network", ""), func(name string) bool {
+		ext := path.Ext(name)
+		return (ext == ".network" || ext == ".netdev") && path.Base(name) < networkFile && l.readlink(name) != "/dev/null"
+	})
 	if config := l.text("etc/selinux/config"); selinux(config) == "enforcing" {
 		f.add("SELinux", "set to permissive in /etc/selinux/config", func(j *jail) error {
 			return j.put("etc/selinux/config", selinuxLine.ReplaceAllString(config, "SELINUX=permissive"), 0o644)
 		})
 	}
 	return f
+}
+
+// networkFile is what the installer calls its file in /etc/systemd/network.
+const networkFile = "10-platter.network"
+
+// putAside renames those of files that would win over the installer's.
+func (f *fitting) putAside(what string, files []string, wins func(name string) bool) {
+	files = slices.DeleteFunc(files, func(name string) bool { return !wins(name) })
+	if len(files) == 0 {
+		return
+	}
+	why := fmt.Sprintf("renamed to .before-platter, they would win over the installer's: /%s", strings.Join(files, ", /"))
+	f.add(what, why, func(j *jail) error {
+		for _, name := range files {
+			if err := j.rename(name, path.Base(name)+".before-platter"); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 const loopback = "# Platter's network is systemd-networkd's.\nauto lo\niface lo inet loopback\n"

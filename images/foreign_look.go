@@ -486,11 +486,13 @@ func (l *look) security() {
 	}
 }
 
-// selinux is what SELINUX= says in a configuration of SELinux.
+// selinux is what SELINUX= says in a configuration of SELinux, which reads no
+// further than the word.
 func selinux(config string) string {
 	for line := range strings.Lines(config) {
 		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "SELINUX="); ok {
-			return strings.ToLower(strings.TrimSpace(v))
+			word, _, _ := strings.Cut(strings.TrimSpace(v), " ")
+			return strings.ToLower(word)
 		}
 	}
 	return ""

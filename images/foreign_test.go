@@ -47,16 +47,19 @@ func foreignTree(t testing.TB) string {
 		t.Fatal(err)
 	}
 	for name, content := range map[string]string{
-		"etc/os-release":                                     "PRETTY_NAME=\"Testian GNU/Linux 13\"\nID=testian\nID_LIKE=debian\nVERSION_ID=\"13\"\n",
-		"etc/passwd":                                         "root:x:0:0:root:/root:/bin/bash\n",
-		"etc/group":                                          "root:x:0:\n",
-		"etc/machine-id":                                     "0123456789abcdef0123456789abcdef\n",
-		"etc/ssh/sshd_config":                                "Include /etc/ssh/sshd_config.d/*.conf\n",
-		"etc/ssh/ssh_host_rsa_key":                           "SECRET",
-		"etc/cloud/cloud.cfg":                                "x",
-		"etc/network/interfaces":                             "iface eth0 inet dhcp\n",
-		"usr/sbin/ifup":                                      "",
-		"etc/netplan/50-cloud-init.yaml":                     "network: {}\n",
+		"etc/os-release":                 "PRETTY_NAME=\"Testian GNU/Linux 13\"\nID=testian\nID_LIKE=debian\nVERSION_ID=\"13\"\n",
+		"etc/passwd":                     "root:x:0:0:root:/root:/bin/bash\n",
+		"etc/group":                      "root:x:0:\n",
+		"etc/machine-id":                 "0123456789abcdef0123456789abcdef\n",
+		"etc/ssh/sshd_config":            "Include /etc/ssh/sshd_config.d/*.conf\n",
+		"etc/ssh/ssh_host_rsa_key":       "SECRET",
+		"etc/cloud/cloud.cfg":            "x",
+		"etc/network/interfaces":         "iface eth0 inet dhcp\n",
+		"usr/sbin/ifup":                  "",
+		"etc/netplan/50-cloud-init.yaml": "network: {}\n",
+		"etc/systemd/network/10-cloud-init-eth0.network":     "theirs\n",
+		"etc/systemd/network/05-bond.netdev":                 "theirs\n",
+		"etc/systemd/network/20-wlan.network":                "comes later\n",
 		"etc/deep/big":                                       strings.Repeat("0123456789abcdef", 1<<15),
 		"boot/vmlinuz-" + testKernel:                         "kernel",
 		"boot/vmlinuz-5.0.0-1-amd64":                         "an older kernel without modules",
@@ -839,13 +842,17 @@ func TestForeignImport(t *testing.T) {
 		"cat /etc/network/interfaces.before-platter":         "iface eth0",
 		"cat /etc/cloud/cloud-init.disabled":                 "Platter",
 		"cat /etc/netplan/50-cloud-init.yaml.before-platter": "network",
-		"stat /dev/null":                                     "major/minor number: 01:03",
+		"cat /etc/systemd/network/10-cloud-init-eth0.network.before-platter": "theirs",
+		"cat /etc/systemd/network/05-bond.netdev.before-platter":             "theirs",
+		"cat /etc/systemd/network/20-wlan.network":                           "comes later",
+		"stat /dev/null": "major/minor number: 01:03",
 	} {
 		if got := debugfs(request); !strings.Contains(got, want) {
 			t.Errorf("%s: %s", request, got)
 		}
 	}
-	if got := debugfs("ls /etc/ssh") + debugfs("ls -l /etc/netplan"); strings.Contains(got, "ssh_host") || strings.Contains(got, "init.yaml\n") {
+	if got := debugfs("ls /etc/ssh") + debugfs("ls -l /etc/netplan") + debugfs("ls -l /etc/systemd/network"); strings.Contains(got, "ssh_host") ||
+		strings.Contains(got, "init.yaml\n") || strings.Contains(got, "eth0.network\n") || strings.Contains(got, "bond.netdev\n") {
 		t.Errorf("left in it: %s", got)
 	}
 	if len(f.Of(Changed)) < 5 || len(f.Of(Refused)) > 0 {

@@ -183,6 +183,16 @@ func (j *jail) link(target, name string) error {
 	return nil
 }
 
+// rename gives name another last word; a link is renamed itself.
+func (j *jail) rename(name, base string) error {
+	d, old, err := j.parent(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return unix.Renameat(int(d.Fd()), old, int(d.Fd()), base)
+}
+
 // remove takes a file or link away and tells whether it was there.
 func (j *jail) remove(name string) (bool, error) {
 	d, base, err := j.parent(name)
