@@ -334,22 +334,35 @@ func (l *look) mounts() {
 	if !l.disk {
 		return
 	}
-	for line := range strings.Lines(l.text("etc/fstab")) {
-		f := strings.Fields(line)
-		if len(f) < 3 || strings.HasPrefix(f[0], "#") || !strings.HasPrefix(f[1], "/") {
-			continue
-		}
+	table := fstab(l.text("etc/fstab"))
+	var root string
+	if i := slices.IndexFunc(table, func(f []string) bool { return f[1] == "/" }); i >= 0 {
+		root = table[i][0]
+	}
+	for _, f := range table {
 		dir := path.Clean(f[1])
 		if slices.Contains([]string{"/", "/boot", "/boot/efi", "/efi"}, dir) || !(strings.HasPrefix(f[0], "/dev/") || strings.Contains(f[0], "=")) ||
-			slices.Contains([]string{"iso9660", "udf", "swap", "tmpfs"}, f[2]) || slices.Contains(strings.Split(f[len(f)-1], ","), "noauto") {
+			slices.Contains([]string{"iso9660", "udf", "swap", "tmpfs"}, f[2]) || slices.Contains(strings.Split(f[3], ","), "noauto") {
 			continue
 		}
-		if f[2] == "btrfs" { // a subvolume of the same file system is
+		if f[2] == "btrfs" && f[0] == root { // a subvolume of the same file system
 			l.lacks(dir, "it is a subvolume of its own in /etc/fstab: only what is below / was copied", "Where it is missing, pack the running system with tar and import that")
 			continue
 		}
 		l.refuse(dir, fmt.Sprintf("it is a file system of its own (%s in /etc/fstab), which was not copied", f[0]), "Pack the running system with tar, that folder with it, and import the archive")
 	}
+}
+
+// fstab are the lines of fstab(5) that mount something on a folder: what, where,
+// its file system, and the options.
+func fstab(text string) (table [][]string) {
+	for line := range strings.Lines(text) {
+		f := append(strings.Fields(line), "defaults")
+		if len(f) > 3 && !strings.HasPrefix(f[0], "#") && strings.HasPrefix(f[1], "/") {
+			table = append(table, f[:4])
+		}
+	}
+	return table
 }
 
 // network: the installer configures systemd-networkd, or NetworkManager where

@@ -738,6 +738,15 @@ func TestForeignRefusals(t *testing.T) {
 	if l.mounts(); len(l.Findings) != 1 || !has(l, Refused, "/var", "UUID=4") {
 		t.Errorf("%+v", l.Findings)
 	}
+	// A subvolume is one of the root's own file system; what is not mounted by
+	// itself is no part of the system.
+	if err := os.WriteFile(filepath.Join(root, "etc/fstab"), []byte("UUID=1 / btrfs subvol=@ 0 0\nUUID=1 /home btrfs subvol=@home 0 0\nUUID=2 /var btrfs\nUUID=3 /backup ext4 rw,noauto 0 2\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l.Findings = nil
+	if l.mounts(); len(l.Findings) != 2 || !has(l, Lacks, "/home", "subvolume") || !has(l, Refused, "/var", "UUID=2") {
+		t.Errorf("%+v", l.Findings)
+	}
 }
 
 // Families by the os-release that the distributions have.
