@@ -91,7 +91,7 @@ func Import(ctx context.Context, o ImportOptions) (Foreign, error) {
 		return Foreign{}, err
 	}
 	defer j.Close()
-	l := &look{jail: j, Foreign: Foreign{File: o.File, Kind: x.kind, Name: o.Name}, scratch: work.dir, stack: o.Stack,
+	l := &look{jail: j, Foreign: Foreign{File: o.File, Kind: x.kind, Name: o.Name, Findings: x.findings}, scratch: work.dir, stack: o.Stack,
 		disk: strings.HasPrefix(x.kind, kindRaw) || strings.HasPrefix(x.kind, kindQCOW2), labels: x.tree.labels}
 	l.all()
 	fit := l.fit()

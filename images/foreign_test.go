@@ -387,6 +387,80 @@ func TestForeignTraversal(t *testing.T) {
 	}
 }
 
+// A disk that was copied while it ran is read as it is, and that is said.
+func TestForeignUnclean(t *testing.T) {
+	root := foreignTree(t)
+	for _, kind := range []string{"ext4", "xfs", "btrfs"} {
+		file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+		if err := sparse(file, 320<<20); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "mkfs."+kind, "-q", file)
+		run(t, "unshare", "--mount", "sh", "-ec", `mount -o loop "$1" "$2"; cp -a "$3/." "$2"; umount "$2"; mount -o loop "$1" "$2"
+			dd if=/dev/zero of="$2/late" bs=4k count=1 conv=fsync status=none; cp --sparse=always "$1" "$1.running"; umount "$2"`, "sh", file, dir, root)
+		x, _, err := unpackTest(t, file)
+		if err != nil || len(x.findings) > 0 {
+			t.Errorf("%s, unmounted: %+v, %v", kind, x, err)
+		}
+		x, tree, err := unpackTest(t, file+".running")
+		if err != nil {
+			t.Errorf("%s: %v", kind, err)
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(tree, "boot/vmlinuz-"+testKernel)); err != nil {
+			t.Errorf("%s: %v", kind, err)
+		}
+		if l := (&look{Foreign: Foreign{Findings: x.findings}}); !has(l, Lacks, "the whole file", "cleanly") || len(x.findings) != 1 {
+			t.Errorf("%s: %+v", kind, x.findings)
+		}
+	}
+}
+
+// A partition that cannot be read does not keep the others from being read, and
+// /boot may be ext2.
+func TestForeignOddPartitions(t *testing.T) {
+	root := foreignTree(t)
+	boot := filepath.Join(t.TempDir(), "boot")
+	if err := errors.Join(os.Rename(filepath.Join(root, "boot"), boot), os.Mkdir(filepath.Join(root, "boot"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	disk := gptDisk(t, boot, t.TempDir(), root, t.TempDir())
+	const size = 64 << 20
+	at := func(i int) int64 { return 4096*512 + int64(i)*size }
+	run(t, "mkfs.ext2", "-q", "-F", "-b", "4096", "-d", boot, "-E", fmt.Sprintf("offset=%d", at(0)), disk, fmt.Sprint(size/4096))
+	xfs := filepath.Join(t.TempDir(), "xfs")
+	if err := sparse(xfs, 320<<20); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.xfs", "-q", xfs)
+	mark, err := os.ReadFile(xfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(disk, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// A feature that no kernel knows; and before ext4 the mark of XFS.
+	for offset, b := range map[int64][]byte{at(1) + 1024 + 0x60: {0, 0, 0, 0x40}, at(3): mark[:512]} {
+		if _, err := f.WriteAt(b, offset); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x, tree, err := unpackTest(t, disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(tree, "boot/vmlinuz-"+testKernel)); err != nil {
+		t.Error(err)
+	}
+	l := &look{Foreign: Foreign{Findings: x.findings}}
+	if !has(l, Lacks, "partition 3", "does not mount it (ext4): ") || !has(l, Lacks, "partition 5", "several file systems") || len(x.findings) != 2 {
+		t.Errorf("%+v", x.findings)
+	}
+}
+
 // A link on a disk does not have this machine's own files taken for the disk's.
 func TestForeignDiskLinks(t *testing.T) {
 	if _, err := os.Stat("/etc/os-release"); err != nil {
