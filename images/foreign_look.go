@@ -9,7 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"io/fs"
 	"path"
 	"path/filepath"
 	"slices"
@@ -567,14 +567,8 @@ func dpkgStatus(text string) map[string]string {
 func (l *look) rpmPackages(file string) (map[string]string, error) {
 	copyOf := filepath.Join(l.scratch, path.Base(file))
 	for _, suffix := range []string{"", "-wal"} {
-		b, err := l.read(file + suffix)
-		if err != nil && suffix == "" {
+		if err := l.copyOut(file+suffix, copyOf+suffix); err != nil && (suffix == "" || !errors.Is(err, fs.ErrNotExist)) {
 			return nil, err
-		}
-		if err == nil {
-			if err := os.WriteFile(copyOf+suffix, b, 0o600); err != nil {
-				return nil, err
-			}
 		}
 	}
 	if path.Ext(file) == ".sqlite" { // the library takes no broken one
@@ -592,6 +586,7 @@ func (l *look) rpmPackages(file string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer db.Close()
 	list, err := db.ListPackages()
 	if err != nil {
 		return nil, err

@@ -96,6 +96,29 @@ func (j *jail) read(name string) ([]byte, error) {
 	return b, err
 }
 
+// maxCopy bounds the files that are copied out of a jail, in bytes. The largest is
+// the database of rpm, with all file names of a large system.
+const maxCopy = 2 << 30
+
+// copyOut copies a file out of the jail.
+func (j *jail) copyOut(name, to string) error {
+	f, err := j.open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	n, err := io.Copy(out, io.LimitReader(f, maxCopy+1))
+	if n > maxCopy {
+		return fmt.Errorf("/%s is larger than %s", name, mb(maxCopy))
+	}
+	return errors.Join(err, out.Close())
+}
+
 // text is a file's content, or nothing.
 func (j *jail) text(name string) string {
 	b, _ := j.read(name)
