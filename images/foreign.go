@@ -33,8 +33,8 @@ type ImportOptions struct {
 	Stack []provision.Component
 	// SecretKey is the file of a minisign key that the store trusts.
 	SecretKey string
-	// WorkDir is for scratch: the unpacked tree and its file system, and for
-	// qcow2 the raw disk.
+	// WorkDir is for scratch, at most two of these at a time: the decompressed
+	// file, the raw disk, the unpacked tree, its file system. It is root's alone.
 	WorkDir string
 	// Check only looks: nothing is stored, and neither key nor loader is needed.
 	Check bool
@@ -150,10 +150,11 @@ func (o ImportOptions) free(name string) error {
 	if !importName.MatchString(name) || name == "stack" || name == "boot" {
 		return fmt.Errorf("%q is no name for an image: use a-z, 0-9, '.', '_' and '-', and neither stack nor boot", name)
 	}
-	_, im, err := o.Store.Image(name)
-	if errors.Is(err, fs.ErrNotExist) {
+	// A name is free that points to nothing, not one whose image is incomplete.
+	if _, err := o.Store.readRef(name); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	_, im, err := o.Store.Image(name)
 	if err != nil {
 		return fmt.Errorf("there is something called %s in the store, name the image otherwise with --name: %w", name, err)
 	}

@@ -259,7 +259,10 @@ func (x *reading) from(ctx context.Context, f *os.File) error {
 				return err
 			}
 		}
-		return x.disk(ctx, disk)
+		if err := x.disk(ctx, disk); err != nil {
+			return err
+		}
+		return x.drop(disk)
 	}
 	next := "Name a qcow2 or raw disk image, a tar archive of a root file system, or an OCI archive"
 	if strings.Contains(why, "a disk of ") {
@@ -284,7 +287,15 @@ func (x *reading) convert(ctx context.Context, file string, head []byte) (string
 	if err := x.work.run(cmd); err != nil {
 		return "", x.failed(ctx, "qemu-img", err, said.Bytes())
 	}
-	return raw, nil
+	return raw, x.drop(file)
+}
+
+// drop takes a file away that is no longer needed and that was made here.
+func (x *reading) drop(file string) error {
+	if filepath.Dir(file) != x.work.dir {
+		return nil
+	}
+	return os.RemoveAll(file)
 }
 
 func (x *reading) failed(ctx context.Context, tool string, err error, said []byte) error {
@@ -632,7 +643,7 @@ func (x *reading) archive(ctx context.Context) error {
 	if err != nil {
 		return x.refuse("OCI archive", err.Error(), "Save it anew with 'podman save --format oci-archive' or 'skopeo copy'")
 	}
-	img, platforms, err := imageOf(index)
+	img, platforms, err := imageOf(index, maxIndexes)
 	if err != nil {
 		return x.refuse("OCI archive", err.Error(), "Save it anew with 'podman save --format oci-archive' or 'skopeo copy'")
 	}
@@ -640,7 +651,14 @@ func (x *reading) archive(ctx context.Context) error {
 		return x.refuse("architecture", fmt.Sprintf("the archive has no image for linux/amd64, but for %s", strings.Join(platforms, ", ")), "Save the image for amd64: nodes are x86-64")
 	}
 	fmt.Fprintf(x.out, "checking the layers of %s\n", x.file)
-	if err := validate.Image(img); err != nil {
+	checked := make(chan error, 1)
+	go func() { checked <- validate.Image(img) }() // which knows no context
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case err = <-checked:
+	}
+	if err != nil {
 		return x.refuse("OCI archive", "its layers are not what its manifest says: "+err.Error(), "Copy the file again, as a whole")
 	}
 	flat := mutate.Extract(img)
@@ -648,7 +666,7 @@ func (x *reading) archive(ctx context.Context) error {
 	if err := x.tree.unpack(ctx, flat); err != nil {
 		return fmt.Errorf("%s: %w", x.file, err)
 	}
-	return nil
+	return x.drop(blobs)
 }
 
 // onlyFiles refuses a layout with anything but files and folders: a link would
@@ -662,10 +680,17 @@ func onlyFiles(dir string) error {
 	})
 }
 
+// maxIndexes is how many indexes lie in each other; podman and skopeo make two.
+const maxIndexes = 4
+
 // imageOf finds the image for linux/amd64 in an index and what is below it, or
 // tells for which platforms there are some. One that states no platform is
-// judged by its configuration.
-func imageOf(index v1.ImageIndex) (found v1.Image, platforms []string, err error) {
+// judged by its configuration. It goes down at most depth indexes: one may name
+// itself.
+func imageOf(index v1.ImageIndex, depth int) (found v1.Image, platforms []string, err error) {
+	if depth == 0 {
+		return nil, nil, errors.New("its indexes lie too deep in each other, or one names itself")
+	}
 	m, err := index.IndexManifest()
 	if err != nil {
 		return nil, nil, err
@@ -677,7 +702,7 @@ func imageOf(index v1.ImageIndex) (found v1.Image, platforms []string, err error
 			if err != nil {
 				return nil, nil, err
 			}
-			img, more, err := imageOf(below)
+			img, more, err := imageOf(below, depth-1)
 			if err != nil || img != nil {
 				return img, nil, err
 			}

@@ -25,6 +25,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 	"github.com/u-root/mkuimage/cpio"
 	"golang.org/x/sys/unix"
@@ -701,6 +702,21 @@ func TestForeignRefusedFiles(t *testing.T) {
 	wantError(t, err, "layers")
 }
 
+// An index that names itself ends.
+func TestForeignIndexInItself(t *testing.T) {
+	_, _, err := imageOf(endless{empty.Index}, maxIndexes)
+	wantError(t, err, "names itself")
+}
+
+type anIndex = v1.ImageIndex
+
+type endless struct{ anIndex }
+
+func (e endless) ImageIndex(v1.Hash) (v1.ImageIndex, error) { return e, nil }
+func (endless) IndexManifest() (*v1.IndexManifest, error) {
+	return &v1.IndexManifest{Manifests: []v1.Descriptor{{MediaType: types.OCIImageIndex}}}, nil
+}
+
 func lookAt(t testing.TB, root string, stack ...provision.Component) *look {
 	t.Helper()
 	j, err := openJail(root)
@@ -955,6 +971,12 @@ func TestForeignImport(t *testing.T) {
 	o.Name = "debian-13"
 	_, err = Import(t.Context(), o)
 	wantError(t, err, "built here", "--name")
+	// Nor where what was built is incomplete: it may come back from a disc.
+	if err := os.Remove(o.Store.objectPath(im.Pack.Hash)); err != nil {
+		t.Fatal(err)
+	}
+	o.Name = "mine"
+	wantError(t, o.free("mine"), "something called mine", "--name")
 	for _, name := range []string{"stack", "boot", "boot/amd64", "Name"} {
 		o.Name = name
 		_, err = Import(t.Context(), o)
@@ -1002,12 +1024,10 @@ func TestForeignLargeFile(t *testing.T) {
 func TestForeignManyFiles(t *testing.T) {
 	root := foreignTree(t)
 	many := filepath.Join(root, "usr/share/many")
-	if err := os.MkdirAll(many, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	const files = 20000
-	for i := range files {
-		if err := os.WriteFile(filepath.Join(many, fmt.Sprint(i)), nil, 0o644); err != nil {
+	const folders, files = 100, 200 // mkfs.ext4 is slow with large folders
+	for i := range folders * files {
+		name := filepath.Join(many, fmt.Sprint(i/files), fmt.Sprint(i%files))
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, nil, 0o644)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1019,7 +1039,7 @@ func TestForeignManyFiles(t *testing.T) {
 		if err := makeForeignRoot(t.Context(), root, part, time.Unix(1700000000, 0)); err != nil {
 			t.Fatal(err)
 		}
-		if out := run(t, "debugfs", "-R", fmt.Sprintf("stat /usr/share/many/%d", files-1), part); !strings.Contains(out, "Type: regular") {
+		if out := run(t, "debugfs", "-R", fmt.Sprintf("stat /usr/share/many/%d/%d", folders-1, files-1), part); !strings.Contains(out, "Type: regular") {
 			t.Error(out)
 		}
 	}
