@@ -37,8 +37,8 @@ const (
 
 const (
 	blockSize = 4096
-	// One inode for this many bytes. The default of 16 KiB doubles the inode
-	// tables that a grown file system has to clear.
+	// One inode for this many bytes, where files are not many and small. The default
+	// of 16 KiB doubles the inode tables that a grown file system has to clear.
 	bytesPerInode = 32768
 	journalMiB    = 64
 )
@@ -61,12 +61,6 @@ func makeRoot(ctx context.Context, root, to string, date time.Time) error {
 	if err != nil {
 		return err
 	}
-	// Inode tables and bitmaps come to about one per cent.
-	size := max(used+used/20+(journalMiB+64)<<20, 4*journalMiB<<20)
-	size -= size % (1 << 20)
-	if err := sparse(to, size); err != nil {
-		return err
-	}
 	tree := to + ".tree"
 	defer os.RemoveAll(tree)
 	if err := tool(ctx, "cp", "-a", "--attributes-only", "-T", root, tree); err != nil {
@@ -76,16 +70,42 @@ func makeRoot(ctx context.Context, root, to string, date time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := toolAt(ctx, date, "mkfs.ext4", "-q", "-F", "-b", fmt.Sprint(blockSize), "-i", fmt.Sprint(bytesPerInode), "-I", fmt.Sprint(inodeSize),
-		"-J", fmt.Sprintf("size=%d", journalMiB), "-m", "1", "-L", "platter-root", "-U", rootUUID,
-		"-O", strings.Join(ext4Features, ","), "-E", fmt.Sprintf("hash_seed=%s,resize=%d,lazy_itable_init=1,lazy_journal_init=1", hashSeed, uint32(1<<32-1)),
-		"-d", tree, to); err != nil {
+	if err := mkfs(ctx, tree, to, used, int64(len(files)), date); err != nil {
 		return err
 	}
 	if err := fill(ctx, to, root, files, date); err != nil {
 		return fmt.Errorf("files cannot be put into the root file system: %w", err)
 	}
 	return tool(ctx, "e2fsck", "-f", "-n", to)
+}
+
+// mkfs makes an ext4 file system with room for used bytes in that many inodes, and
+// puts tree into it.
+func mkfs(ctx context.Context, tree, to string, used, inodes int64, date time.Time) error {
+	size, count := rootShape(used, inodes)
+	if err := sparse(to, size); err != nil {
+		return err
+	}
+	args := []string{"mkfs.ext4", "-q", "-F", "-b", fmt.Sprint(blockSize), "-I", fmt.Sprint(inodeSize),
+		"-J", fmt.Sprintf("size=%d", journalMiB), "-m", "1", "-L", "platter-root", "-U", rootUUID,
+		"-O", strings.Join(ext4Features, ","), "-E", fmt.Sprintf("hash_seed=%s,resize=%d,lazy_itable_init=1,lazy_journal_init=1", hashSeed, uint32(1<<32-1)),
+		"-d", tree}
+	return toolAt(ctx, date, append(append(args, count...), to)...)
+}
+
+// rootShape is the size of a file system with room for used bytes in that many
+// inodes, and what mkfs.ext4 is told about the number of its inodes.
+func rootShape(used, inodes int64) (size int64, count []string) {
+	// Inode tables and bitmaps come to about one per cent.
+	size = max(used+used/20+(journalMiB+64)<<20, 4*journalMiB<<20)
+	count = []string{"-i", fmt.Sprint(bytesPerInode)}
+	// mkfs.ext4 keeps a few inodes for itself and rounds.
+	if inodes+inodes/16+1024 > size/bytesPerInode {
+		many := inodes + inodes/4 + 4096
+		size += many * inodeSize
+		count = []string{"-N", fmt.Sprint(many)}
+	}
+	return size - size%(1<<20), count
 }
 
 // treeFile is one inode of a tree.

@@ -7,8 +7,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -31,8 +33,8 @@ type ImportOptions struct {
 	Stack []provision.Component
 	// SecretKey is the file of a minisign key that the store trusts.
 	SecretKey string
-	// WorkDir is for scratch: the unpacked tree and its file system, and for
-	// qcow2 the raw disk.
+	// WorkDir is for scratch, at most two of these at a time: the decompressed
+	// file, the raw disk, the unpacked tree, its file system. It is root's alone.
 	WorkDir string
 	// Check only looks: nothing is stored, and neither key nor loader is needed.
 	Check bool
@@ -67,7 +69,7 @@ func Import(ctx context.Context, o ImportOptions) (Foreign, error) {
 		}
 	}
 	start := time.Now()
-	work, err := newScratch(o.WorkDir, "import")
+	work, err := closedScratch(o.WorkDir)
 	if err != nil {
 		return Foreign{}, err
 	}
@@ -89,7 +91,7 @@ func Import(ctx context.Context, o ImportOptions) (Foreign, error) {
 		return Foreign{}, err
 	}
 	defer j.Close()
-	l := &look{jail: j, Foreign: Foreign{File: o.File, Kind: x.kind, Name: o.Name}, scratch: work.dir, stack: o.Stack,
+	l := &look{jail: j, Foreign: Foreign{File: o.File, Kind: x.kind, Name: o.Name, Findings: x.findings}, scratch: work.dir, stack: o.Stack,
 		disk: strings.HasPrefix(x.kind, kindRaw) || strings.HasPrefix(x.kind, kindQCOW2), labels: x.tree.labels}
 	l.all()
 	fit := l.fit()
@@ -118,15 +120,41 @@ func Import(ctx context.Context, o ImportOptions) (Foreign, error) {
 	return l.Foreign, nil
 }
 
+// closedScratch is a scratch folder that other users of this machine do not get
+// into: a foreign tree has setuid programs, device nodes, passwords and folders
+// that everybody may write to, and what it holds is signed.
+func closedScratch(workDir string) (*scratch, error) {
+	if err := os.MkdirAll(workDir, 0o755); err != nil {
+		return nil, fmt.Errorf("work folder cannot be made: %w", err)
+	}
+	st, err := os.Lstat(workDir)
+	if err != nil {
+		return nil, fmt.Errorf("work folder cannot be used: %w", err)
+	}
+	if owner := st.Sys().(*syscall.Stat_t).Uid; !st.IsDir() || int(owner) != os.Geteuid() || st.Mode().Perm()&0o022 != 0 {
+		return nil, fmt.Errorf("%s may be changed by other users (it is %s, of user %d): name a folder with --work that belongs to root and that nobody else can write to", workDir, st.Mode(), owner)
+	}
+	work, err := newScratch(workDir, "import")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(work.dir, 0o700); err != nil {
+		work.remove()
+		return nil, fmt.Errorf("work folder cannot be closed to other users: %w", err)
+	}
+	return work, nil
+}
+
 // free refuses a name that an image has which was not imported.
 func (o ImportOptions) free(name string) error {
 	if !importName.MatchString(name) || name == "stack" || name == "boot" {
 		return fmt.Errorf("%q is no name for an image: use a-z, 0-9, '.', '_' and '-', and neither stack nor boot", name)
 	}
-	_, im, err := o.Store.Image(name)
-	if errors.Is(err, fs.ErrNotExist) {
+	// A name is free that points to nothing, not one whose image is incomplete.
+	if _, err := o.Store.readRef(name); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	_, im, err := o.Store.Image(name)
 	if err != nil {
 		return fmt.Errorf("there is something called %s in the store, name the image otherwise with --name: %w", name, err)
 	}
@@ -140,12 +168,12 @@ func (o ImportOptions) free(name string) error {
 // newest file of the tree, so that equal files make equal images.
 func (o ImportOptions) publish(ctx context.Context, work *scratch, f Foreign, newest time.Time, key secretKey, start time.Time) error {
 	root := filepath.Join(work.dir, "root")
-	used, _, err := treeBlocks(root)
+	used, _, inodes, err := treeBlocks(root)
 	if err != nil {
 		return err
 	}
 	// The file system beside the tree; the pack is smaller than the tree.
-	if err := errors.Join(enoughRoom(work.dir, used+used/10+keepFree, "the work folder"), enoughRoom(o.Store.dir, used/2+keepFree, "the image store")); err != nil {
+	if err := errors.Join(enoughRoom(work.dir, used+used/10+inodes*inodeSize+keepFree, "the work folder"), enoughRoom(o.Store.dir, used/2+keepFree, "the image store")); err != nil {
 		return err
 	}
 	var sources []source
@@ -189,29 +217,22 @@ const maxFilled = 256 << 20
 // files that are mostly holes. With one of them mkfs.ext4 alone makes the file
 // system; a second one of the same tree differs then in the times of its inodes.
 func makeForeignRoot(ctx context.Context, root, to string, date time.Time) error {
-	used, largest, err := treeBlocks(root)
+	used, largest, inodes, err := treeBlocks(root)
 	if err != nil {
 		return err
 	}
 	if largest <= maxFilled {
 		return makeRoot(ctx, root, to, date)
 	}
-	size := max(used+used/20+(journalMiB+64)<<20, 4*journalMiB<<20)
-	if err := sparse(to, size-size%(1<<20)); err != nil {
-		return err
-	}
-	if err := toolAt(ctx, date, "mkfs.ext4", "-q", "-F", "-b", fmt.Sprint(blockSize), "-i", fmt.Sprint(bytesPerInode), "-I", fmt.Sprint(inodeSize),
-		"-J", fmt.Sprintf("size=%d", journalMiB), "-m", "1", "-L", "platter-root", "-U", rootUUID,
-		"-O", strings.Join(ext4Features, ","), "-E", fmt.Sprintf("hash_seed=%s,resize=%d,lazy_itable_init=1,lazy_journal_init=1", hashSeed, uint32(1<<32-1)),
-		"-d", root, to); err != nil {
+	if err := mkfs(ctx, root, to, used, inodes, date); err != nil {
 		return err
 	}
 	return tool(ctx, "e2fsck", "-f", "-n", to)
 }
 
-// treeBlocks is the space that a tree takes, holes taking none, and the size of
-// its largest file, holes and all.
-func treeBlocks(root string) (used, largest int64, err error) {
+// treeBlocks is the space that a tree takes, holes taking none, the size of its
+// largest file, holes and all, and the number of its inodes.
+func treeBlocks(root string) (used, largest, inodes int64, err error) {
 	seen := map[uint64]bool{} // hard links
 	err = filepath.WalkDir(root, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -232,7 +253,7 @@ func treeBlocks(root string) (used, largest int64, err error) {
 		}
 		return nil
 	})
-	return used, largest, err
+	return used, largest, int64(len(seen)), err
 }
 
 // fitting is what an import changes in a tree, and says.
@@ -315,31 +336,39 @@ func (l *look) fit() *fitting {
 			return errors.Join(j.put("etc/network/interfaces.before-platter", interfaces, 0o600), j.put("etc/network/interfaces", loopback, 0o644))
 		})
 	}
-	var plans []string
-	for _, name := range l.glob("etc/netplan", "") {
-		if strings.HasSuffix(name, ".yaml") {
-			plans = append(plans, name)
-		}
-	}
-	if len(plans) > 0 {
-		f.add("netplan", "its files in /etc/netplan are renamed to .before-platter: they would win over the installer's", func(j *jail) error {
-			for _, name := range plans {
-				if err := j.put(name+".before-platter", j.text(name), 0o600); err != nil {
-					return err
-				}
-				if _, err := j.remove(name); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
+	f.putAside("netplan", l.glob("etc/netplan", ""), func(name string) bool { return path.Ext(name) == ".yaml" })
+	// networkd takes for an interface the first file that matches it. A link to
+	// /dev/null only hides a file of the distribution, and goes on doing so.
+	f.putAside("systemd-networkd's files", l.glob("etc/systemd/network", ""), func(name string) bool {
+		ext := path.Ext(name)
+		return (ext == ".network" || ext == ".netdev") && path.Base(name) < networkFile && l.readlink(name) != "/dev/null"
+	})
 	if config := l.text("etc/selinux/config"); selinux(config) == "enforcing" {
 		f.add("SELinux", "set to permissive in /etc/selinux/config", func(j *jail) error {
 			return j.put("etc/selinux/config", selinuxLine.ReplaceAllString(config, "SELINUX=permissive"), 0o644)
 		})
 	}
 	return f
+}
+
+// networkFile is what the installer calls its file in /etc/systemd/network.
+const networkFile = "10-platter.network"
+
+// putAside renames those of files that would win over the installer's.
+func (f *fitting) putAside(what string, files []string, wins func(name string) bool) {
+	files = slices.DeleteFunc(files, func(name string) bool { return !wins(name) })
+	if len(files) == 0 {
+		return
+	}
+	why := fmt.Sprintf("renamed to .before-platter, they would win over the installer's: /%s", strings.Join(files, ", /"))
+	f.add(what, why, func(j *jail) error {
+		for _, name := range files {
+			if err := j.rename(name, path.Base(name)+".before-platter"); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 const loopback = "# Platter's network is systemd-networkd's.\nauto lo\niface lo inet loopback\n"

@@ -9,7 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"io/fs"
 	"path"
 	"path/filepath"
 	"slices"
@@ -334,22 +334,35 @@ func (l *look) mounts() {
 	if !l.disk {
 		return
 	}
-	for line := range strings.Lines(l.text("etc/fstab")) {
-		f := strings.Fields(line)
-		if len(f) < 3 || strings.HasPrefix(f[0], "#") || !strings.HasPrefix(f[1], "/") {
-			continue
-		}
+	table := fstab(l.text("etc/fstab"))
+	var root string
+	if i := slices.IndexFunc(table, func(f []string) bool { return f[1] == "/" }); i >= 0 {
+		root = table[i][0]
+	}
+	for _, f := range table {
 		dir := path.Clean(f[1])
 		if slices.Contains([]string{"/", "/boot", "/boot/efi", "/efi"}, dir) || !(strings.HasPrefix(f[0], "/dev/") || strings.Contains(f[0], "=")) ||
-			slices.Contains([]string{"iso9660", "udf", "swap", "tmpfs"}, f[2]) || slices.Contains(strings.Split(f[len(f)-1], ","), "noauto") {
+			slices.Contains([]string{"iso9660", "udf", "swap", "tmpfs"}, f[2]) || slices.Contains(strings.Split(f[3], ","), "noauto") {
 			continue
 		}
-		if f[2] == "btrfs" { // a subvolume of the same file system is
+		if f[2] == "btrfs" && f[0] == root { // a subvolume of the same file system
 			l.lacks(dir, "it is a subvolume of its own in /etc/fstab: only what is below / was copied", "Where it is missing, pack the running system with tar and import that")
 			continue
 		}
 		l.refuse(dir, fmt.Sprintf("it is a file system of its own (%s in /etc/fstab), which was not copied", f[0]), "Pack the running system with tar, that folder with it, and import the archive")
 	}
+}
+
+// fstab are the lines of fstab(5) that mount something on a folder: what, where,
+// its file system, and the options.
+func fstab(text string) (table [][]string) {
+	for line := range strings.Lines(text) {
+		f := append(strings.Fields(line), "defaults")
+		if len(f) > 3 && !strings.HasPrefix(f[0], "#") && strings.HasPrefix(f[1], "/") {
+			table = append(table, f[:4])
+		}
+	}
+	return table
 }
 
 // network: the installer configures systemd-networkd, or NetworkManager where
@@ -486,11 +499,13 @@ func (l *look) security() {
 	}
 }
 
-// selinux is what SELINUX= says in a configuration of SELinux.
+// selinux is what SELINUX= says in a configuration of SELinux, which reads no
+// further than the word.
 func selinux(config string) string {
 	for line := range strings.Lines(config) {
 		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "SELINUX="); ok {
-			return strings.ToLower(strings.TrimSpace(v))
+			word, _, _ := strings.Cut(strings.TrimSpace(v), " ")
+			return strings.ToLower(word)
 		}
 	}
 	return ""
@@ -552,14 +567,8 @@ func dpkgStatus(text string) map[string]string {
 func (l *look) rpmPackages(file string) (map[string]string, error) {
 	copyOf := filepath.Join(l.scratch, path.Base(file))
 	for _, suffix := range []string{"", "-wal"} {
-		b, err := l.read(file + suffix)
-		if err != nil && suffix == "" {
+		if err := l.copyOut(file+suffix, copyOf+suffix); err != nil && (suffix == "" || !errors.Is(err, fs.ErrNotExist)) {
 			return nil, err
-		}
-		if err == nil {
-			if err := os.WriteFile(copyOf+suffix, b, 0o600); err != nil {
-				return nil, err
-			}
 		}
 	}
 	if path.Ext(file) == ".sqlite" { // the library takes no broken one
@@ -577,6 +586,7 @@ func (l *look) rpmPackages(file string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer db.Close()
 	list, err := db.ListPackages()
 	if err != nil {
 		return nil, err

@@ -151,6 +151,19 @@ func (c counted) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// untilDone reads until its context ends.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u untilDone) Read(p []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return u.r.Read(p)
+}
+
 // reading is a foreign image on its way into a tree.
 type reading struct {
 	work *scratch
@@ -159,6 +172,8 @@ type reading struct {
 	out  io.Writer
 	tree *unpacker
 	kind string
+	// findings are what the tree does not show.
+	findings []Finding
 }
 
 // keepFree is how much room is kept free in the work folder, in bytes.
@@ -187,11 +202,7 @@ func unpackForeign(ctx context.Context, work *scratch, file string, out io.Write
 	if err := enoughRoom(work.dir, packed+keepFree, "the work folder"); err != nil {
 		return nil, err
 	}
-	root := filepath.Join(work.dir, "root")
-	if err := os.Mkdir(root, 0o755); err != nil {
-		return nil, err
-	}
-	j, err := openJail(root)
+	j, err := newJail(filepath.Join(work.dir, "root"))
 	if err != nil {
 		return nil, err
 	}
@@ -210,7 +221,7 @@ func (x *reading) refuse(what, why, next string) error {
 func (x *reading) from(ctx context.Context, f *os.File) error {
 	show := progress(x.out, "reading")
 	done := int64(0)
-	r := counted{f, func(n int64) { done += n; show(done, x.size) }}
+	r := counted{untilDone{ctx, f}, func(n int64) { done += n; show(done, x.size) }}
 	first := &bytes.Buffer{}
 	if _, err := io.CopyN(first, r, headSize); err != nil && err != io.EOF {
 		return fmt.Errorf("%s cannot be read: %w", x.file, err)
@@ -248,7 +259,10 @@ func (x *reading) from(ctx context.Context, f *os.File) error {
 				return err
 			}
 		}
-		return x.disk(ctx, disk)
+		if err := x.disk(ctx, disk); err != nil {
+			return err
+		}
+		return x.drop(disk)
 	}
 	next := "Name a qcow2 or raw disk image, a tar archive of a root file system, or an OCI archive"
 	if strings.Contains(why, "a disk of ") {
@@ -273,7 +287,15 @@ func (x *reading) convert(ctx context.Context, file string, head []byte) (string
 	if err := x.work.run(cmd); err != nil {
 		return "", x.failed(ctx, "qemu-img", err, said.Bytes())
 	}
-	return raw, nil
+	return raw, x.drop(file)
+}
+
+// drop takes a file away that is no longer needed and that was made here.
+func (x *reading) drop(file string) error {
+	if filepath.Dir(file) != x.work.dir {
+		return nil
+	}
+	return os.RemoveAll(file)
 }
 
 func (x *reading) failed(ctx context.Context, tool string, err error, said []byte) error {
@@ -304,11 +326,35 @@ type volume struct {
 	name        string
 	start, size int64 // bytes
 	fs          string
+	why         string // it cannot be read
+	unclean     bool   // it was not unmounted
 }
 
-// mountable are the file systems that a tree is read from, and how: not even
-// their journals are replayed.
-var mountable = map[string]string{"ext2": "noload", "ext3": "noload", "ext4": "noload", "xfs": "norecovery,nouuid", "btrfs": "subvolid=5"}
+func (v volume) String() string {
+	said := fmt.Sprintf("%s: %s", v.name, cmp.Or(v.fs, "nothing known"))
+	switch {
+	case v.why != "":
+		said += ", cannot be read: " + v.why
+	case v.unclean:
+		said += ", not shut down cleanly"
+	}
+	return said
+}
+
+func joined(volumes []volume) string {
+	var said []string
+	for _, v := range volumes {
+		said = append(said, v.String())
+	}
+	return strings.Join(said, "; ")
+}
+
+// mountable are the file systems that a tree is read from: the options with
+// which they are mounted, and those that do it without the journal, which is
+// never replayed. The kernel refuses one that it would have to replay.
+var mountable = map[string]struct{ options, noJournal string }{
+	"ext2": {"ro", ""}, "ext3": {"ro", "noload"}, "ext4": {"ro", "noload"}, "xfs": {"ro,nouuid", "norecovery"}, "btrfs": {"ro,subvolid=5", "rescue=nologreplay"},
+}
 
 // disk reads the tree off a raw disk or a bare file system.
 func (x *reading) disk(ctx context.Context, disk string) error {
@@ -318,9 +364,8 @@ func (x *reading) disk(ctx context.Context, disk string) error {
 	}
 	var root, boot *volume
 	var sub string
-	var seen, closed []string
+	var closed []string
 	for i, v := range volumes {
-		seen = append(seen, fmt.Sprintf("%s: %s", v.name, cmp.Or(v.fs, "nothing known")))
 		if v.fs == "LVM2_member" || v.fs == "crypto_LUKS" || v.fs == "linux_raid_member" {
 			closed = append(closed, fmt.Sprintf("%s is %s", v.name, map[string]string{"LVM2_member": "a volume of LVM", "crypto_LUKS": "encrypted (LUKS)", "linux_raid_member": "a member of a RAID"}[v.fs]))
 			continue
@@ -329,8 +374,12 @@ func (x *reading) disk(ctx context.Context, disk string) error {
 			continue
 		}
 		said, err := x.mounted(ctx, disk, v, nil, lookScript)
-		if err != nil {
-			return err
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil { // another may hold all that is wanted
+			volumes[i].why = err.Error()
+			continue
 		}
 		for line := range strings.Lines(said) {
 			switch key, value, _ := strings.Cut(strings.TrimSpace(line), " "); {
@@ -338,6 +387,8 @@ func (x *reading) disk(ctx context.Context, disk string) error {
 				root, sub = &volumes[i], value
 			case key == "kernel" && boot == nil:
 				boot = &volumes[i]
+			case key == "unclean":
+				volumes[i].unclean = true
 			}
 		}
 	}
@@ -346,8 +397,9 @@ func (x *reading) disk(ctx context.Context, disk string) error {
 		if len(closed) > 0 {
 			return x.refuse("root file system", "none can be read: "+strings.Join(closed, ", "), next)
 		}
-		return x.refuse("root file system", fmt.Sprintf("no partition holds one, with /etc/os-release; there are: %s", strings.Join(seen, ", ")), next)
+		return x.refuse("root file system", fmt.Sprintf("no partition holds one, with /etc/os-release; there are: %s", joined(volumes)), next)
 	}
+	x.judge(volumes, root, boot)
 	fmt.Fprintf(x.out, "copying the tree from %s (%s)\n", root.name, root.fs)
 	if err := x.copyTree(ctx, disk, *root, sub, ""); err != nil {
 		return err
@@ -359,6 +411,20 @@ func (x *reading) disk(ctx context.Context, disk string) error {
 	return nil
 }
 
+// judge tells what is lacking of the volumes of a disk whose tree can be copied.
+func (x *reading) judge(volumes []volume, copied ...*volume) {
+	for i, v := range volumes {
+		if v.why != "" {
+			x.findings = append(x.findings, Finding{Lacks, v.name, "it cannot be read, nothing of it was copied: " + v.why,
+				"Where the system needs it, pack the running system with tar and import the archive"})
+		}
+		if v.unclean && slices.Contains(copied, &volumes[i]) {
+			x.findings = append(x.findings, Finding{Lacks, v.name, "it was not shut down cleanly: what was written last may be missing or damaged",
+				"Start the machine that it comes from, shut it down, copy its disk again, and import that"})
+		}
+	}
+}
+
 // volumes are the partitions of a disk, or the whole where it has none.
 func (x *reading) volumes(ctx context.Context, disk string) ([]volume, error) {
 	st, err := os.Stat(disk)
@@ -366,7 +432,7 @@ func (x *reading) volumes(ctx context.Context, disk string) ([]volume, error) {
 		return nil, err
 	}
 	whole := volume{name: "the whole file", size: st.Size()}
-	if whole.fs, err = fsType(ctx, disk, whole); err != nil {
+	if err := whole.probe(ctx, disk); err != nil {
 		return nil, err
 	}
 	if whole.fs != "" {
@@ -404,7 +470,7 @@ func (x *reading) volumes(ctx context.Context, disk string) ([]volume, error) {
 		if v.size <= 0 || v.start < 0 || v.start > st.Size()-v.size {
 			return nil, x.refuse("partition table", fmt.Sprintf("%s ends at byte %d, the disk at %d: the file was cut short", v.name, v.start+v.size, st.Size()), "Copy the file again, as a whole")
 		}
-		if v.fs, err = fsType(ctx, disk, v); err != nil {
+		if err := v.probe(ctx, disk); err != nil {
 			return nil, err
 		}
 		out = append(out, v)
@@ -424,36 +490,46 @@ func beginsGPT(disk string) bool {
 	return err == nil && string(head[512:]) == "EFI PART"
 }
 
-// fsType is what blkid calls the content of v; "" where it is a partition
-// table or nothing it knows.
-func fsType(ctx context.Context, disk string, v volume) (string, error) {
+// probe finds out what v holds: what blkid calls it, or nothing where it is a
+// partition table or unknown.
+func (v *volume) probe(ctx context.Context, disk string) error {
 	out, err := exec.CommandContext(ctx, "blkid", "--probe", "--offset", fmt.Sprint(v.start), "--size", fmt.Sprint(v.size), "--output", "export", disk).Output()
 	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() == 2 { // nothing found
-		return "", nil
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			return "", ctx.Err()
-		}
-		return "", fmt.Errorf("blkid of %s: %w", disk, err)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &exit) && exit.ExitCode() == 2: // nothing found
+		return nil
+	case errors.As(err, &exit) && exit.ExitCode() == 8:
+		v.why = "it has the marks of several file systems ('wipefs' lists them)"
+		return nil
+	case err != nil:
+		return fmt.Errorf("blkid of %s: %w", disk, err)
 	}
 	for line := range strings.Lines(string(out)) {
 		if t, ok := strings.CutPrefix(strings.TrimSpace(line), "TYPE="); ok {
-			return t, nil
+			v.fs = t
 		}
 	}
-	return "", nil
+	return nil
 }
 
 // Scripts that run where v is mounted on the folder $1. Links are not followed
-// out of it: what is a link is told by its name alone.
+// out of it: os-release may be one, the folders that lead to it may not.
 const (
+	mountScript = `
+if ! said=$(mount -t "$2" -o "$3" "$5" "$1" 2>&1); then
+	if [ -z "$4" ] || ! mount -t "$2" -o "$3,$4" "$5" "$1" 2>/dev/null; then echo "$said" >&2; exit 99; fi
+	unclean=unclean
+fi
+dir=$1; shift 5; set -- "$dir" "$@"`
 	lookScript = `
+echo $unclean
 for d in . root @ @rootfs; do
+	if [ -L "$1/$d" ] || [ -L "$1/$d/etc" ]; then continue; fi
 	if [ -f "$1/$d/etc/os-release" ] || [ -L "$1/$d/etc/os-release" ]; then echo "root $d"; break; fi
 done
-for k in "$1"/vmlinuz-*; do if [ -f "$k" ]; then echo kernel; break; fi; done`
+for k in "$1"/vmlinuz-*; do if [ -f "$k" ] && [ ! -L "$k" ]; then echo kernel; break; fi; done`
 	copyScript = `
 echo "used $(df --block-size=1 --output=used "$1" | tail -n 1)" >&2
 exec tar --create --file=- --directory="$1/$2" --one-file-system --numeric-owner --sparse --format=posix --xattrs --xattrs-include='*' .`
@@ -467,8 +543,8 @@ func (x *reading) mounted(ctx context.Context, disk string, v volume, take func(
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", err
 	}
-	options := fmt.Sprintf("ro,nodev,nosuid,noexec,loop,offset=%d,sizelimit=%d,%s", v.start, v.size, mountable[v.fs])
-	args := append([]string{"-c", `mount -t "$2" -o "$3" "$4" "$1" || exit 99; dir=$1; shift 4; set -- "$dir" "$@"` + script, "sh", dir, v.fs, options, disk}, more...)
+	options := fmt.Sprintf("%s,nodev,nosuid,noexec,loop,offset=%d,sizelimit=%d", mountable[v.fs].options, v.start, v.size)
+	args := append([]string{"-c", mountScript + script, "sh", dir, v.fs, options, mountable[v.fs].noJournal, disk}, more...)
 	cmd := exec.CommandContext(ctx, "sh", args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	var out, said bytes.Buffer
@@ -483,9 +559,10 @@ func (x *reading) mounted(ctx context.Context, disk string, v volume, take func(
 	case err == nil || ctx.Err() != nil:
 		return out.String(), ctx.Err()
 	case errors.As(err, &exit) && exit.ExitCode() == 99:
-		return "", fmt.Errorf("the kernel of this machine does not mount %s of %s (%s): %s: pack its tree with tar on another machine, and import that", v.name, x.file, v.fs, bytes.TrimSpace(said.Bytes()))
+		why, _, _ := strings.Cut(strings.TrimPrefix(said.String(), "mount: "+dir+": "), "\n")
+		return "", fmt.Errorf("the kernel of this machine does not mount it (%s): %s", v.fs, why)
 	}
-	return "", fmt.Errorf("%s of %s cannot be read: %w\n%s", v.name, x.file, err, bytes.TrimSpace(said.Bytes()))
+	return "", fmt.Errorf("%w: %s", err, bytes.TrimSpace(said.Bytes()))
 }
 
 // copyTree copies what v holds in its folder sub to below.
@@ -517,15 +594,15 @@ func (x *reading) copyTree(ctx context.Context, disk string, v volume, sub, belo
 			ended <- err
 		}()
 		err = x.tree.unpack(ctx, counted{r, func(n int64) { done += n; show(done, max(total.Load(), done+1)) }})
-		if err == nil { // tar pads its output
-			_, err = io.Copy(io.Discard, r)
-		}
 		r.Close() // tar ends where nobody reads on
 		if runErr := <-ended; runErr != nil && (err == nil || done == 0) {
 			return runErr
 		}
 		return err
 	}, copyScript, sub)
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("%s of %s cannot be copied: %w", v.name, x.file, err)
+	}
 	return err
 }
 
@@ -548,10 +625,10 @@ func (x *reading) archive(ctx context.Context) error {
 		return err
 	}
 	blobs, root := filepath.Join(x.work.dir, "oci"), filepath.Join(x.work.dir, "root")
-	if err := errors.Join(os.Rename(root, blobs), os.Mkdir(root, 0o755)); err != nil {
+	if err := os.Rename(root, blobs); err != nil {
 		return err
 	}
-	fresh, err := openJail(root)
+	fresh, err := newJail(root)
 	if err != nil {
 		return err
 	}
@@ -566,7 +643,7 @@ func (x *reading) archive(ctx context.Context) error {
 	if err != nil {
 		return x.refuse("OCI archive", err.Error(), "Save it anew with 'podman save --format oci-archive' or 'skopeo copy'")
 	}
-	img, platforms, err := imageOf(index)
+	img, platforms, err := imageOf(index, maxIndexes)
 	if err != nil {
 		return x.refuse("OCI archive", err.Error(), "Save it anew with 'podman save --format oci-archive' or 'skopeo copy'")
 	}
@@ -574,7 +651,14 @@ func (x *reading) archive(ctx context.Context) error {
 		return x.refuse("architecture", fmt.Sprintf("the archive has no image for linux/amd64, but for %s", strings.Join(platforms, ", ")), "Save the image for amd64: nodes are x86-64")
 	}
 	fmt.Fprintf(x.out, "checking the layers of %s\n", x.file)
-	if err := validate.Image(img); err != nil {
+	checked := make(chan error, 1)
+	go func() { checked <- validate.Image(img) }() // which knows no context
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case err = <-checked:
+	}
+	if err != nil {
 		return x.refuse("OCI archive", "its layers are not what its manifest says: "+err.Error(), "Copy the file again, as a whole")
 	}
 	flat := mutate.Extract(img)
@@ -582,7 +666,7 @@ func (x *reading) archive(ctx context.Context) error {
 	if err := x.tree.unpack(ctx, flat); err != nil {
 		return fmt.Errorf("%s: %w", x.file, err)
 	}
-	return nil
+	return x.drop(blobs)
 }
 
 // onlyFiles refuses a layout with anything but files and folders: a link would
@@ -596,10 +680,17 @@ func onlyFiles(dir string) error {
 	})
 }
 
+// maxIndexes is how many indexes lie in each other; podman and skopeo make two.
+const maxIndexes = 4
+
 // imageOf finds the image for linux/amd64 in an index and what is below it, or
 // tells for which platforms there are some. One that states no platform is
-// judged by its configuration.
-func imageOf(index v1.ImageIndex) (found v1.Image, platforms []string, err error) {
+// judged by its configuration. It goes down at most depth indexes: one may name
+// itself.
+func imageOf(index v1.ImageIndex, depth int) (found v1.Image, platforms []string, err error) {
+	if depth == 0 {
+		return nil, nil, errors.New("its indexes lie too deep in each other, or one names itself")
+	}
 	m, err := index.IndexManifest()
 	if err != nil {
 		return nil, nil, err
@@ -611,7 +702,7 @@ func imageOf(index v1.ImageIndex) (found v1.Image, platforms []string, err error
 			if err != nil {
 				return nil, nil, err
 			}
-			img, more, err := imageOf(below)
+			img, more, err := imageOf(below, depth-1)
 			if err != nil || img != nil {
 				return img, nil, err
 			}

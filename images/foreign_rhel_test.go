@@ -48,7 +48,7 @@ func TestForeignRPM(t *testing.T) {
 	at := func(name string) string { return filepath.Join(root, name) }
 	spec := filepath.Join(t.TempDir(), "x.spec")
 	if err := errors.Join(os.RemoveAll(at("var/lib/dpkg")), os.MkdirAll(at("etc/selinux"), 0o755),
-		os.WriteFile(at("etc/selinux/config"), []byte("# SELINUX= can be enforcing\nSELINUX=enforcing\nSELINUXTYPE=targeted\n"), 0o644),
+		os.WriteFile(at("etc/selinux/config"), []byte("# SELINUX= can be enforcing\nSELINUX=enforcing # as it came\nSELINUXTYPE=targeted\n"), 0o644),
 		os.Remove(at("usr/lib/systemd/systemd-networkd")), os.WriteFile(at("usr/sbin/NetworkManager"), nil, 0o755),
 		os.Rename(at("boot/initrd.img-"+testKernel), at("boot/initramfs-"+testKernel+".img")),
 		os.WriteFile(at("etc/os-release"), []byte("PRETTY_NAME=\"Rocky Linux 9.4 (Blue Onyx)\"\nID=\"rocky\"\nID_LIKE=\"rhel centos fedora\"\nVERSION_ID=\"9.4\"\n"), 0o644),
@@ -80,6 +80,13 @@ func TestForeignRPM(t *testing.T) {
 	}
 	if got := l.readlink("initrd.img"); got != "boot/initramfs-"+testKernel+".img" || l.has(networkdWanted) {
 		t.Errorf("initrd.img leads to %q", got)
+	}
+	// One with the file names of many packages is large; it is read all the same.
+	if err := os.Truncate(at("var/lib/rpm/rpmdb.sqlite"), maxText+4096); err != nil {
+		t.Fatal(err)
+	}
+	if l := lookAt(t, root); l.Packages["openssh-server"] == "" {
+		t.Errorf("%+v", l.Findings)
 	}
 	// A database that is none costs the list and nothing else.
 	for _, name := range []string{"rpmdb.sqlite", "rpmdb.sqlite-wal", "rpmdb.sqlite-shm"} {

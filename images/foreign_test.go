@@ -25,6 +25,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 	"github.com/u-root/mkuimage/cpio"
 	"golang.org/x/sys/unix"
@@ -47,16 +48,19 @@ func foreignTree(t testing.TB) string {
 		t.Fatal(err)
 	}
 	for name, content := range map[string]string{
-		"etc/os-release":                                     "PRETTY_NAME=\"Testian GNU/Linux 13\"\nID=testian\nID_LIKE=debian\nVERSION_ID=\"13\"\n",
-		"etc/passwd":                                         "root:x:0:0:root:/root:/bin/bash\n",
-		"etc/group":                                          "root:x:0:\n",
-		"etc/machine-id":                                     "0123456789abcdef0123456789abcdef\n",
-		"etc/ssh/sshd_config":                                "Include /etc/ssh/sshd_config.d/*.conf\n",
-		"etc/ssh/ssh_host_rsa_key":                           "SECRET",
-		"etc/cloud/cloud.cfg":                                "x",
-		"etc/network/interfaces":                             "iface eth0 inet dhcp\n",
-		"usr/sbin/ifup":                                      "",
-		"etc/netplan/50-cloud-init.yaml":                     "network: {}\n",
+		"etc/os-release":                 "PRETTY_NAME=\"Testian GNU/Linux 13\"\nID=testian\nID_LIKE=debian\nVERSION_ID=\"13\"\n",
+		"etc/passwd":                     "root:x:0:0:root:/root:/bin/bash\n",
+		"etc/group":                      "root:x:0:\n",
+		"etc/machine-id":                 "0123456789abcdef0123456789abcdef\n",
+		"etc/ssh/sshd_config":            "Include /etc/ssh/sshd_config.d/*.conf\n",
+		"etc/ssh/ssh_host_rsa_key":       "SECRET",
+		"etc/cloud/cloud.cfg":            "x",
+		"etc/network/interfaces":         "iface eth0 inet dhcp\n",
+		"usr/sbin/ifup":                  "",
+		"etc/netplan/50-cloud-init.yaml": "network: {}\n",
+		"etc/systemd/network/10-cloud-init-eth0.network":     "theirs\n",
+		"etc/systemd/network/05-bond.netdev":                 "theirs\n",
+		"etc/systemd/network/20-wlan.network":                "comes later\n",
 		"etc/deep/big":                                       strings.Repeat("0123456789abcdef", 1<<15),
 		"boot/vmlinuz-" + testKernel:                         "kernel",
 		"boot/vmlinuz-5.0.0-1-amd64":                         "an older kernel without modules",
@@ -384,6 +388,221 @@ func TestForeignTraversal(t *testing.T) {
 	}
 }
 
+// A disk that was copied while it ran is read as it is, and that is said.
+func TestForeignUnclean(t *testing.T) {
+	root := foreignTree(t)
+	for _, kind := range []string{"ext4", "xfs", "btrfs"} {
+		file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+		if err := sparse(file, 320<<20); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "mkfs."+kind, "-q", file)
+		run(t, "unshare", "--mount", "sh", "-ec", `mount -o loop "$1" "$2"; cp -a "$3/." "$2"; umount "$2"; mount -o loop "$1" "$2"
+			dd if=/dev/zero of="$2/late" bs=4k count=1 conv=fsync status=none; cp --sparse=always "$1" "$1.running"; umount "$2"`, "sh", file, dir, root)
+		x, _, err := unpackTest(t, file)
+		if err != nil || len(x.findings) > 0 {
+			t.Errorf("%s, unmounted: %+v, %v", kind, x, err)
+		}
+		x, tree, err := unpackTest(t, file+".running")
+		if err != nil {
+			t.Errorf("%s: %v", kind, err)
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(tree, "boot/vmlinuz-"+testKernel)); err != nil {
+			t.Errorf("%s: %v", kind, err)
+		}
+		if l := (&look{Foreign: Foreign{Findings: x.findings}}); !has(l, Lacks, "the whole file", "cleanly") || len(x.findings) != 1 {
+			t.Errorf("%s: %+v", kind, x.findings)
+		}
+	}
+}
+
+// A partition that cannot be read does not keep the others from being read, and
+// /boot may be ext2.
+func TestForeignOddPartitions(t *testing.T) {
+	root := foreignTree(t)
+	boot := filepath.Join(t.TempDir(), "boot")
+	if err := errors.Join(os.Rename(filepath.Join(root, "boot"), boot), os.Mkdir(filepath.Join(root, "boot"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	disk := gptDisk(t, boot, t.TempDir(), root, t.TempDir())
+	const size = 64 << 20
+	at := func(i int) int64 { return 4096*512 + int64(i)*size }
+	run(t, "mkfs.ext2", "-q", "-F", "-b", "4096", "-d", boot, "-E", fmt.Sprintf("offset=%d", at(0)), disk, fmt.Sprint(size/4096))
+	xfs := filepath.Join(t.TempDir(), "xfs")
+	if err := sparse(xfs, 320<<20); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.xfs", "-q", xfs)
+	mark, err := os.ReadFile(xfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(disk, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// A feature that no kernel knows; and before ext4 the mark of XFS.
+	for offset, b := range map[int64][]byte{at(1) + 1024 + 0x60: {0, 0, 0, 0x40}, at(3): mark[:512]} {
+		if _, err := f.WriteAt(b, offset); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x, tree, err := unpackTest(t, disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(tree, "boot/vmlinuz-"+testKernel)); err != nil {
+		t.Error(err)
+	}
+	l := &look{Foreign: Foreign{Findings: x.findings}}
+	if !has(l, Lacks, "partition 3", "does not mount it (ext4): ") || !has(l, Lacks, "partition 5", "several file systems") || len(x.findings) != 2 {
+		t.Errorf("%+v", x.findings)
+	}
+}
+
+// A link on a disk does not have this machine's own files taken for the disk's.
+func TestForeignDiskLinks(t *testing.T) {
+	if _, err := os.Stat("/etc/os-release"); err != nil {
+		t.Skip("this machine has no os-release that could be taken")
+	}
+	for what, link := range map[string]func(root string) error{
+		"folder":    func(root string) error { return os.Symlink("/", filepath.Join(root, "root")) },
+		"subvolume": func(root string) error { return os.Symlink("/", filepath.Join(root, "@")) },
+		"its etc":   func(root string) error { return os.Symlink("/etc", filepath.Join(root, "etc")) },
+		"its own etc": func(root string) error {
+			return errors.Join(os.Mkdir(filepath.Join(root, "@rootfs"), 0o755), os.Symlink("/etc", filepath.Join(root, "@rootfs/etc")))
+		},
+	} {
+		root := t.TempDir()
+		if err := link(root); err != nil {
+			t.Fatal(err)
+		}
+		bare := filepath.Join(t.TempDir(), "bare")
+		run(t, "mkfs.ext4", "-q", "-d", root, bare, "16m")
+		_, _, err := unpackTest(t, bare)
+		if err == nil {
+			t.Errorf("%s: this machine was taken in", what)
+			continue
+		}
+		wantError(t, err, "no partition holds one")
+	}
+}
+
+// A device node in the place of a file is not opened: one without a driver would
+// say so.
+func TestForeignDeviceForFile(t *testing.T) {
+	root := t.TempDir()
+	for name, dev := range map[string]uint64{"null": unix.Mkdev(1, 3), "none": unix.Mkdev(4000, 0)} {
+		if err := unix.Mknod(filepath.Join(root, name), unix.S_IFCHR|0o600, int(dev)); err != nil {
+			t.Fatal(err)
+		}
+		j, err := openJail(root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+		_, err = j.open(name)
+		wantError(t, err, "not a regular file")
+	}
+}
+
+// The checksum at the end of a packed archive counts.
+func TestForeignDamagedArchive(t *testing.T) {
+	dir := t.TempDir()
+	plain := filepath.Join(dir, "tar")
+	if err := os.MkdirAll(filepath.Join(dir, "tree/etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "dd", "if=/dev/urandom", "of="+filepath.Join(dir, "tree/etc/random"), "bs=1M", "count=1", "status=none")
+	tarOf(t, filepath.Join(dir, "tree"), plain)
+	for tool, checksum := range map[string]int64{"gzip": 8, "zstd": 1} { // how far before the end
+		out, err := exec.Command(tool, "-c", plain).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, tool)
+		for _, damaged := range []bool{false, true} {
+			if damaged {
+				out[int64(len(out))-checksum] ^= 1
+			}
+			if err := os.WriteFile(file, out, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, _, err := unpackTest(t, file)
+			if damaged {
+				wantError(t, err, "damaged", "copy the file again", file)
+			} else if err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// GNU tar has a form of its own for files with holes.
+func TestForeignGNUSparse(t *testing.T) {
+	root := foreignTree(t)
+	if err := os.Truncate(filepath.Join(root, "etc/deep/big"), 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "tar")
+	run(t, "tar", "--format=gnu", "--numeric-owner", "--sparse", "-cf", file, "-C", root, "etc")
+	_, tree, err := unpackTest(t, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := listing(t, filepath.Join(tree, "etc")), listing(t, filepath.Join(root, "etc")); got != want {
+		t.Errorf("it gives\n%s\nthe tree is\n%s", got, want)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(tree, "etc/holes"), &st); err != nil || st.Size != 16<<20 || st.Blocks > 64 {
+		t.Errorf("a hole of %d bytes takes %d blocks, %v", st.Size, st.Blocks, err)
+	}
+}
+
+// While a tree is unpacked nobody else gets into it, and what the import makes of
+// its own accord has the same modes with any umask.
+func TestForeignWorkFolder(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "etc/deep/file", Mode: 0o644}), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	file, work := filepath.Join(dir, "tar"), filepath.Join(dir, "work")
+	if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := closedScratch(work)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unpackForeign(t.Context(), s, file, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]fs.FileMode{".": 0o700, "root": 0o755, "root/etc": 0o755, "root/etc/deep": 0o755, "root/etc/deep/file": 0o644} {
+		if st, err := os.Stat(filepath.Join(s.dir, name)); err != nil || st.Mode().Perm() != want {
+			t.Errorf("%s is %v, %v", name, st.Mode(), err)
+		}
+	}
+	s.remove()
+	for what, spoil := range map[string]func(string) error{
+		"open to all":   func(name string) error { return errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, 0o777)) },
+		"another's":     func(name string) error { return errors.Join(os.Mkdir(name, 0o700), os.Chown(name, 4711, 0)) },
+		"a link":        func(name string) error { return os.Symlink(work, name) },
+		"open to group": func(name string) error { return errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, 0o770)) },
+	} {
+		name := filepath.Join(dir, what)
+		if err := spoil(name); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Import(t.Context(), ImportOptions{File: file, WorkDir: name, Check: true, Out: io.Discard})
+		wantError(t, err, "other users", "--work", name)
+	}
+}
+
 // What is no image of a system is refused by name, and nothing of this machine
 // is read through it.
 func TestForeignRefusedFiles(t *testing.T) {
@@ -481,6 +700,21 @@ func TestForeignRefusedFiles(t *testing.T) {
 	}
 	_, _, err = unpackTest(t, good)
 	wantError(t, err, "layers")
+}
+
+// An index that names itself ends.
+func TestForeignIndexInItself(t *testing.T) {
+	_, _, err := imageOf(endless{empty.Index}, maxIndexes)
+	wantError(t, err, "names itself")
+}
+
+type anIndex = v1.ImageIndex
+
+type endless struct{ anIndex }
+
+func (e endless) ImageIndex(v1.Hash) (v1.ImageIndex, error) { return e, nil }
+func (endless) IndexManifest() (*v1.IndexManifest, error) {
+	return &v1.IndexManifest{Manifests: []v1.Descriptor{{MediaType: types.OCIImageIndex}}}, nil
 }
 
 func lookAt(t testing.TB, root string, stack ...provision.Component) *look {
@@ -594,6 +828,15 @@ func TestForeignRefusals(t *testing.T) {
 	if l.mounts(); len(l.Findings) != 1 || !has(l, Refused, "/var", "UUID=4") {
 		t.Errorf("%+v", l.Findings)
 	}
+	// A subvolume is one of the root's own file system; what is not mounted by
+	// itself is no part of the system.
+	if err := os.WriteFile(filepath.Join(root, "etc/fstab"), []byte("UUID=1 / btrfs subvol=@ 0 0\nUUID=1 /home btrfs subvol=@home 0 0\nUUID=2 /var btrfs\nUUID=3 /backup ext4 rw,noauto 0 2\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l.Findings = nil
+	if l.mounts(); len(l.Findings) != 2 || !has(l, Lacks, "/home", "subvolume") || !has(l, Refused, "/var", "UUID=2") {
+		t.Errorf("%+v", l.Findings)
+	}
 }
 
 // Families by the os-release that the distributions have.
@@ -698,13 +941,17 @@ func TestForeignImport(t *testing.T) {
 		"cat /etc/network/interfaces.before-platter":         "iface eth0",
 		"cat /etc/cloud/cloud-init.disabled":                 "Platter",
 		"cat /etc/netplan/50-cloud-init.yaml.before-platter": "network",
-		"stat /dev/null":                                     "major/minor number: 01:03",
+		"cat /etc/systemd/network/10-cloud-init-eth0.network.before-platter": "theirs",
+		"cat /etc/systemd/network/05-bond.netdev.before-platter":             "theirs",
+		"cat /etc/systemd/network/20-wlan.network":                           "comes later",
+		"stat /dev/null": "major/minor number: 01:03",
 	} {
 		if got := debugfs(request); !strings.Contains(got, want) {
 			t.Errorf("%s: %s", request, got)
 		}
 	}
-	if got := debugfs("ls /etc/ssh") + debugfs("ls -l /etc/netplan"); strings.Contains(got, "ssh_host") || strings.Contains(got, "init.yaml\n") {
+	if got := debugfs("ls /etc/ssh") + debugfs("ls -l /etc/netplan") + debugfs("ls -l /etc/systemd/network"); strings.Contains(got, "ssh_host") ||
+		strings.Contains(got, "init.yaml\n") || strings.Contains(got, "eth0.network\n") || strings.Contains(got, "bond.netdev\n") {
 		t.Errorf("left in it: %s", got)
 	}
 	if len(f.Of(Changed)) < 5 || len(f.Of(Refused)) > 0 {
@@ -724,6 +971,12 @@ func TestForeignImport(t *testing.T) {
 	o.Name = "debian-13"
 	_, err = Import(t.Context(), o)
 	wantError(t, err, "built here", "--name")
+	// Nor where what was built is incomplete: it may come back from a disc.
+	if err := os.Remove(o.Store.objectPath(im.Pack.Hash)); err != nil {
+		t.Fatal(err)
+	}
+	o.Name = "mine"
+	wantError(t, o.free("mine"), "something called mine", "--name")
 	for _, name := range []string{"stack", "boot", "boot/amd64", "Name"} {
 		o.Name = name
 		_, err = Import(t.Context(), o)
@@ -763,6 +1016,36 @@ func TestForeignLargeFile(t *testing.T) {
 	}
 	if out := run(t, "debugfs", "-R", "ea_list /bin/bash", part); !strings.Contains(out, "security.capability") {
 		t.Errorf("%s", out)
+	}
+}
+
+// A tree of small files has as many inodes as it needs, in both ways that its
+// file system is made; another has as many as always.
+func TestForeignManyFiles(t *testing.T) {
+	root := foreignTree(t)
+	many := filepath.Join(root, "usr/share/many")
+	const folders, files = 100, 200 // mkfs.ext4 is slow with large folders
+	for i := range folders * files {
+		name := filepath.Join(many, fmt.Sprint(i/files), fmt.Sprint(i%files))
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, nil, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	part := filepath.Join(t.TempDir(), "root")
+	for _, large := range []int64{0, maxFilled + 1} {
+		if err := os.Truncate(filepath.Join(root, "etc/holes"), large); err != nil {
+			t.Fatal(err)
+		}
+		if err := makeForeignRoot(t.Context(), root, part, time.Unix(1700000000, 0)); err != nil {
+			t.Fatal(err)
+		}
+		if out := run(t, "debugfs", "-R", fmt.Sprintf("stat /usr/share/many/%d/%d", folders-1, files-1), part); !strings.Contains(out, "Type: regular") {
+			t.Error(out)
+		}
+	}
+	// What Debian's image of today has.
+	if size, count := rootShape(826<<20, 21089); size != 995<<20 || !slices.Equal(count, []string{"-i", "32768"}) {
+		t.Errorf("a tree of few files gets %d bytes, %v", size, count)
 	}
 }
 

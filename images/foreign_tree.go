@@ -31,6 +31,17 @@ func openJail(dir string) (*jail, error) {
 	return &jail{f}, nil
 }
 
+// newJail makes dir, as / of a system is, whatever the umask.
+func newJail(dir string) (*jail, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return nil, err
+	}
+	return openJail(dir)
+}
+
 func (j *jail) Close() error { return j.dir.Close() }
 
 // at opens what name leads to.
@@ -43,16 +54,18 @@ func (j *jail) at(name string, flags uint64) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
+// open opens a regular file to read. Nothing else is opened even to look at it:
+// that alone starts a watchdog or rewinds a tape.
 func (j *jail) open(name string) (*os.File, error) {
-	f, err := j.at(name, unix.O_RDONLY|unix.O_NONBLOCK) // a FIFO is not waited for
+	f, err := j.at(name, unix.O_PATH)
 	if err != nil {
 		return nil, err
 	}
+	defer f.Close()
 	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		f.Close()
 		return nil, &fs.PathError{Op: "open", Path: "/" + name, Err: errors.Join(errors.New("not a regular file"), err)}
 	}
-	return f, nil
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 }
 
 func (j *jail) has(name string) bool {
@@ -81,6 +94,29 @@ func (j *jail) read(name string) ([]byte, error) {
 		return nil, fmt.Errorf("/%s is larger than %s", name, mb(maxText))
 	}
 	return b, err
+}
+
+// maxCopy bounds the files that are copied out of a jail, in bytes. The largest is
+// the database of rpm, with all file names of a large system.
+const maxCopy = 2 << 30
+
+// copyOut copies a file out of the jail.
+func (j *jail) copyOut(name, to string) error {
+	f, err := j.open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	n, err := io.Copy(out, io.LimitReader(f, maxCopy+1))
+	if n > maxCopy {
+		return fmt.Errorf("/%s is larger than %s", name, mb(maxCopy))
+	}
+	return errors.Join(err, out.Close())
 }
 
 // text is a file's content, or nothing.
@@ -122,6 +158,9 @@ func (j *jail) parent(name string) (*os.File, string, error) {
 			return nil, "", err
 		}
 		err = unix.Mkdirat(int(up.Fd()), last, 0o755)
+		if err == nil { // whatever the umask
+			err = unix.Fchmodat(int(up.Fd()), last, 0o755, 0)
+		}
 		up.Close()
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			return nil, "", &fs.PathError{Op: "mkdir", Path: "/" + dir, Err: err}
@@ -165,6 +204,16 @@ func (j *jail) link(target, name string) error {
 		return &fs.PathError{Op: "symlink", Path: "/" + name, Err: err}
 	}
 	return nil
+}
+
+// rename gives name another last word; a link is renamed itself.
+func (j *jail) rename(name, base string) error {
+	d, old, err := j.parent(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return unix.Renameat(int(d.Fd()), old, int(d.Fd()), base)
 }
 
 // remove takes a file or link away and tells whether it was there.
@@ -229,13 +278,17 @@ func inside(name string) (string, error) {
 	return path.Join(".", strings.TrimLeft(name, "/")), nil
 }
 
-// unpack lays down all of one stream. Everything of a stream is in place after
-// finish.
+// unpack lays down all of one stream and reads it to its very end: behind the
+// last entry is padding, and the checksum of a stream that was packed. Everything
+// of a stream is in place after finish.
 func (u *unpacker) unpack(ctx context.Context, r io.Reader) error {
 	t := tar.NewReader(r)
 	for {
 		h, err := t.Next()
 		if err == io.EOF {
+			if _, err := io.Copy(io.Discard, r); err != nil {
+				return fmt.Errorf("the archive is damaged, copy the file again: %w", err)
+			}
 			return nil
 		}
 		if err == nil {
@@ -298,7 +351,7 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, content io.Reader) 
 		return fmt.Errorf("it cannot take the place of what has that name already: %w", err)
 	}
 	switch h.Typeflag {
-	case tar.TypeReg:
+	case tar.TypeReg, tar.TypeGNUSparse: // whose holes are read as zeros
 		return u.file(ctx, dir, base, h, content)
 	case tar.TypeSymlink:
 		if err := unix.Symlinkat(h.Linkname, dir, base); err != nil {

@@ -67,7 +67,7 @@ only looks, stores nothing and needs no key. Exit code 1: refused.`,
 	f.StringVar(&o.Loader, "loader", "debian-13", "image in the store that boot code and loaders are taken from")
 	f.StringVar(&stack, "stack", "", "folder of the stack file whose needs are looked for (default: the stack that comes with this program)")
 	f.StringVar(&o.SecretKey, "key", "", "minisign secret key to sign with")
-	f.StringVar(&o.WorkDir, "work", "/var/tmp/platter-build", "scratch folder, takes twice the size of the unpacked system, for qcow2 three times")
+	f.StringVar(&o.WorkDir, "work", "/var/tmp/platter-build", "scratch folder of root's alone, takes twice the size of the unpacked system, more where a disk is fuller than its files")
 	f.BoolVar(&o.Check, "check", false, "only look and say what was found")
 	tableOrJSON(cmd, &output)
 	return cmd
