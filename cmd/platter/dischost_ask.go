@@ -31,8 +31,7 @@ func (o discHostOptions) choose(ctx context.Context, m machine, ask *asker) (mac
 	}
 	defer func() {
 		page.close()
-		one.Lock() // a look of the page ends with it
-		one.Unlock()
+		one.Lock() // for good: the page looks no more, nothing is mounted beside what serves
 	}()
 	type answer struct {
 		m   machine
