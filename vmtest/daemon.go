@@ -222,16 +222,20 @@ func (l *Lab) Power(ctx context.Context, machine string, to Power) error {
 	return nil
 }
 
-func (v *virt) power(machine string, to Power) error {
-	d, err := v.DomainLookupByName(machine)
-	if err != nil {
-		return err
+// find tells libvirt's handle of a machine, and whether it is on.
+func (v *virt) find(machine string) (d libvirt.Domain, on bool, err error) {
+	if d, err = v.DomainLookupByName(machine); err != nil {
+		return d, false, err
 	}
 	state, _, err := v.DomainGetState(d, 0)
+	return d, err == nil && isOn(state), err
+}
+
+func (v *virt) power(machine string, to Power) error {
+	d, on, err := v.find(machine)
 	if err != nil {
 		return err
 	}
-	on := isOn(state)
 	switch to {
 	case On:
 		if on {
@@ -289,16 +293,12 @@ func (l *Lab) Insert(ctx context.Context, machine, file string) error {
 		return fail(err)
 	}
 	err = l.virt(ctx, func(v *virt) error {
-		d, err := v.DomainLookupByName(machine)
-		if err != nil {
-			return err
-		}
-		state, _, err := v.DomainGetState(d, 0)
+		d, on, err := v.find(machine)
 		if err != nil {
 			return err
 		}
 		flags := libvirt.DomainDeviceModifyConfig
-		if isOn(state) {
+		if on {
 			flags |= libvirt.DomainDeviceModifyLive
 		}
 		return v.DomainUpdateDeviceFlags(d, text, flags)
