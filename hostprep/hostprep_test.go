@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"platter/provision"
 )
 
@@ -161,6 +163,46 @@ func snapshot(t *testing.T, root string) string {
 		t.Fatal(err)
 	}
 	return b.String()
+}
+
+// TestJournalWithoutRoom: a line for which the disk has no room is taken off
+// again, so that the lines after it can be read.
+func TestJournalWithoutRoom(t *testing.T) {
+	root := t.TempDir()
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=32k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(root, 0) })
+	for _, dir := range []string{"etc", "var/lib"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, size := range map[string]int{"large": 12 << 10, "small": 8} {
+		if err := os.WriteFile(filepath.Join(root, "etc", name), make([]byte, size), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := snapshot(t, root)
+	j, err := OpenJournal(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.WriteFile("/etc/large", "new", 0o644); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("there was room: %v", err)
+	}
+	if err := j.WriteFile("/etc/small", "new", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if j, err = OpenJournal(root); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Undo(func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	if after := snapshot(t, root); after != before {
+		t.Errorf("undone:\n%s\nbefore:\n%s", after, before)
+	}
 }
 
 // TestJournalUndo: whatever was changed, however often, and wherever a power

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -297,7 +298,14 @@ func (j *Journal) append(e entry) error {
 		return fmt.Errorf("host journal: %w", err)
 	}
 	defer f.Close()
-	if _, err = f.Write(append(b, '\n')); err == nil {
+	end, err := f.Seek(0, io.SeekEnd)
+	if err == nil {
+		if _, err = f.Write(append(b, '\n')); err != nil {
+			// A disk without room takes half a line, which no other shall follow.
+			err = errors.Join(err, f.Truncate(end))
+		}
+	}
+	if err == nil {
 		err = f.Sync()
 	}
 	if err == nil && len(j.rows) == 0 {
