@@ -725,3 +725,33 @@ func TestCutOff(t *testing.T) {
 		})
 	}
 }
+
+// TestGuardSparesOthers: a trial that was cut off names a process which is
+// another one after a reboot. While one guard takes the change back, a second
+// one does not end it.
+func TestGuardSparesOthers(t *testing.T) {
+	t.Parallel()
+	other := exec.Command("sleep", "infinity")
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { _ = other.Wait(); close(ended) }()
+	defer func() { _ = other.Process.Kill(); <-ended }()
+	h := &Host{Root: t.TempDir()}
+	lock, err := h.begin(trial{Bridge: "br0", PID: other.Process.Pid, Until: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := h.GuardUplink(ctx, func() {}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("the guard did not wait for the other: %v", err)
+	}
+	select {
+	case <-ended:
+		t.Fatal("the guard ended a process that has nothing to do with the trial")
+	default:
+	}
+}

@@ -298,10 +298,17 @@ func (h *Host) GuardUplink(ctx context.Context, ready func()) error {
 // outlive returns with the lock of the trial. A process that keeps it for too
 // long is ended.
 func (h *Host) outlive(ctx context.Context, f *os.File, t *trial) error {
+	// The wait cannot be called off and may outlast f: it has a descriptor of
+	// its own, for the same lock.
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("%s: %w", trialFile, err)
+	}
 	got := make(chan error, 1)
 	go func() {
+		defer unix.Close(fd)
 		for {
-			if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
+			if err := unix.Flock(fd, unix.LOCK_EX); err != unix.EINTR {
 				got <- err
 				return
 			}
@@ -314,8 +321,9 @@ func (h *Host) outlive(ctx context.Context, f *os.File, t *trial) error {
 		return ctx.Err()
 	case <-time.After(t.Until - sinceBoot()):
 	}
-	// While the lock is held the number still means that process.
-	if t.PID != os.Getpid() && h.stands(f) {
+	// The number means that process only while it is the one that holds the
+	// lock: another guard may, and after a reboot the number is anybody's.
+	if t.PID != os.Getpid() && h.stands(f) && locks(t.PID, f) {
 		if err := unix.Kill(t.PID, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("ending process %d, which hangs in a change of the uplink: %w", t.PID, err)
 		}
@@ -326,6 +334,24 @@ func (h *Host) outlive(ctx context.Context, f *os.File, t *trial) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// locks tells whether a process holds the lock of f, as the kernel lists them
+// (proc_locks(5)).
+func locks(pid int, f *os.File) bool {
+	var st unix.Stat_t
+	text, err := os.ReadFile("/proc/locks")
+	if err != nil || unix.Fstat(int(f.Fd()), &st) != nil {
+		return false
+	}
+	for line := range strings.Lines(string(text)) {
+		// 1: FLOCK  ADVISORY  WRITE 4321 08:01:123456 0 EOF
+		w := strings.Fields(line)
+		if len(w) == 8 && w[1] == "FLOCK" && w[4] == fmt.Sprint(pid) && strings.HasSuffix(w[5], fmt.Sprintf(":%d", st.Ino)) {
+			return true
+		}
+	}
+	return false
 }
 
 // startGuard returns when the guard watches. It is a unit, because what ends
