@@ -441,16 +441,12 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 	if lo, err := netlink.LinkByName("lo"); err == nil {
 		netlink.LinkSetUp(lo)
 	}
+	undo, err := giveAddresses(ctx, r.rack, c.nics)
+	defer undo()
+	if err != nil {
+		return err
+	}
 	for i, nw := range r.rack.Networks {
-		link, err := netlink.LinkByName(c.nics[i])
-		if err != nil {
-			return fmt.Errorf("interface %s: %w", c.nics[i], err)
-		}
-		addr := &netlink.Addr{IPNet: &net.IPNet{IP: nw.DiscHost.AsSlice(), Mask: net.CIDRMask(nw.Subnet.Bits(), 32)}}
-		if err := netlink.AddrReplace(link, addr); err != nil {
-			return fmt.Errorf("interface %s cannot be given the address %s: %w", c.nics[i], nw.DiscHost, err)
-		}
-		defer netlink.AddrDel(link, addr) // somebody else may have it next, or another interface
 		so.interfaces[nw.Interface] = c.nics[i]
 	}
 	log, err := os.OpenFile(filepath.Join(state, "serve.log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
@@ -470,6 +466,35 @@ func (o discHostOptions) serve(ctx context.Context, m machine, c choice, ask *as
 		return err
 	}
 	return nil
+}
+
+// giveAddresses gives the disc host's addresses to the interfaces, one for each network,
+// unless another machine has one of them. undo takes away what was given: somebody else
+// may have it next, or another interface.
+func giveAddresses(ctx context.Context, rack *provision.Rack, nics []string) (undo func(), err error) {
+	var given []func()
+	undo = func() {
+		for _, f := range given {
+			f()
+		}
+	}
+	for i, nw := range rack.Networks {
+		if err := addressFree(ctx, nics[i], nw.DiscHost); err != nil {
+			return undo, err
+		}
+	}
+	for i, nw := range rack.Networks {
+		link, err := netlink.LinkByName(nics[i])
+		if err != nil {
+			return undo, fmt.Errorf("interface %s: %w", nics[i], err)
+		}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: nw.DiscHost.AsSlice(), Mask: net.CIDRMask(nw.Subnet.Bits(), 32)}}
+		if err := netlink.AddrReplace(link, addr); err != nil {
+			return undo, fmt.Errorf("interface %s cannot be given the address %s: %w", nics[i], nw.DiscHost, err)
+		}
+		given = append(given, func() { netlink.AddrDel(link, addr) })
+	}
+	return undo, nil
 }
 
 // keepRack copies a rack file, with what lies beside it, into the state, in the

@@ -183,18 +183,23 @@ func takeBack(ctx context.Context, journal *store.Store, mark *provision.Handove
 // checkAlone looks whether this machine can serve the rack, and no other does.
 func checkAlone(ctx context.Context, rack *provision.Rack, place *successorPlace, log *slog.Logger) error {
 	for _, n := range rack.Networks {
-		mac, err := pxe.AddressHolder(ctx, n.Interface, n.DiscHost)
-		if err != nil {
+		if err := addressFree(ctx, n.Interface, n.DiscHost); err != nil {
 			return err
-		}
-		if mac != "" {
-			return fmt.Errorf("the machine with the MAC %s has the disc host's address %s. Where that is the disc host, work there; else take the address from it", mac, n.DiscHost)
 		}
 	}
 	if err := place.take(ctx, log); err != nil {
 		return err
 	}
 	return (&pxe.Server{Networks: rack.Networks, Log: log}).Check(ctx)
+}
+
+// addressFree returns an error where another machine has the disc host's address.
+func addressFree(ctx context.Context, iface string, address netip.Addr) error {
+	mac, err := pxe.AddressHolder(ctx, iface, address)
+	if err == nil && mac != "" {
+		err = fmt.Errorf("the machine with the MAC %s has the disc host's address %s. Where that is the disc host, work there; else take the address from it", mac, address)
+	}
+	return err
 }
 
 // refuse ends a disc host that is none any more.

@@ -248,6 +248,42 @@ func TestTakeTells(t *testing.T) {
 	}
 }
 
+// A disc host that was booted from a disc takes no address that another machine has,
+// not even a free one beside it, and leaves none behind.
+func TestGiveAddresses(t *testing.T) {
+	w := newWire(t)
+	if w == nil {
+		return
+	}
+	rack := &provision.Rack{}
+	for _, s := range []string{"10.8.0", "10.9.0"} {
+		rack.Networks = append(rack.Networks, provision.Network{Subnet: netip.MustParsePrefix(s + ".0/24"), DiscHost: netip.MustParseAddr(s + ".1")})
+	}
+	has := func() (n int) {
+		for _, nw := range rack.Networks {
+			if iface, err := pxe.InterfaceOf(nw.DiscHost); err == nil && iface == "rack0" {
+				n++
+			}
+		}
+		return n
+	}
+	w.farHas("10.9.0.1")
+	undo, err := giveAddresses(t.Context(), rack, []string{"rack0", "rack0"})
+	if err == nil || !strings.Contains(err.Error(), w.far.Attrs().HardwareAddr.String()) || has() != 0 {
+		t.Errorf("with 10.9.0.1 at another machine %d addresses are given: %v", has(), err)
+	}
+	undo()
+	w.farLost("10.9.0.1")
+	undo, err = giveAddresses(t.Context(), rack, []string{"rack0", "rack0"})
+	if err != nil || has() != 2 {
+		t.Errorf("%d addresses are given: %v", has(), err)
+	}
+	undo()
+	if has() != 0 {
+		t.Errorf("%d addresses are left", has())
+	}
+}
+
 // A node serves only with a receipt of its site, for the state that it has.
 func TestReadSuccession(t *testing.T) {
 	dir := t.TempDir()
