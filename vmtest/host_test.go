@@ -71,7 +71,8 @@ func (h host) define() {
 }
 
 // leases puts a DHCP server into every VLAN of the bridges, for this boot and
-// later ones.
+// later ones. A guest that has got its lease is suspended: it has proved all that
+// it can.
 func (h host) leases() {
 	h.t.Helper()
 	var s strings.Builder
@@ -89,17 +90,24 @@ func (h host) leases() {
 		pre += fmt.Sprintf("ExecStartPre=/bin/sh -c 'until ip link set %s up; do sleep 1; done; ip addr replace %s1/24 dev %s'\n", dev, g.prefix(), dev)
 		args += fmt.Sprintf(" --interface=%s --dhcp-range=%s10,%s200", dev, g.prefix(), g.prefix())
 	}
-	fmt.Fprintf(&s, `cat > /etc/systemd/system/test-leases.service <<'EOF'
+	fmt.Fprintf(&s, `cat > /usr/local/sbin/test-leased <<'EOF'
+#!/bin/sh
+# A ROM that has nothing to start takes all the processor it can get.
+[ "$1" = add ] || exit 0
+mac=$2; set -- %s; shift $((0x${mac##*:} - 1)); exec virsh -q suspend $1
+EOF
+chmod 755 /usr/local/sbin/test-leased
+cat > /etc/systemd/system/test-leases.service <<'EOF'
 [Unit]
 After=ovs-vswitchd.service
 [Service]
 TimeoutStartSec=infinity
-%sExecStart=/usr/sbin/dnsmasq -k -C /dev/null -p 0 -u root --bind-interfaces --dhcp-leasefile=/run/test-leases%s
+%sExecStart=/usr/sbin/dnsmasq -k -C /dev/null -p 0 -u root --bind-interfaces --dhcp-leasefile=/run/test-leases --dhcp-script=/usr/local/sbin/test-leased%s
 [Install]
 WantedBy=multi-user.target
 EOF
 systemctl -q daemon-reload; systemctl -q enable test-leases; systemctl -q restart test-leases
-`, pre, args)
+`, h.names(), pre, args)
 	h.script(s.String())
 }
 
@@ -124,40 +132,41 @@ func (h host) try(text string) (string, error) {
 	return string(out), err
 }
 
-func (h host) bootID() string { return h.script("cat /proc/sys/kernel/random/boot_id") }
-
-// swap leaves the ports as upset does, without libvirt, which takes minutes for
-// it here: every name belongs to the domain before the one that gets it at the
-// next boot. The rows are those that libvirt writes.
-func (h host) swap() {
-	h.t.Helper()
+// swap is a script that leaves the ports as upset does, without libvirt, which takes
+// minutes for it here: every name belongs to the domain before the one that gets it at
+// the next boot. The rows are those that libvirt writes.
+func (h host) swap() string {
 	var s strings.Builder
-	s.WriteString("set -eu\n")
+	s.WriteString("uuid() { sed -n 's,.*<uuid>\\(.*\\)</uuid>.*,\\1,p' /etc/libvirt/qemu/$1.xml; }\novs-vsctl")
 	for i, g := range append([]guest{passer}, h.guests...) {
-		fmt.Fprintf(&s, `ovs-vsctl --if-exists del-port vnet%d -- add-port %s vnet%d tag=%d -- set interface vnet%d external_ids:vm-id=$(virsh domuuid %s) other_config:transient=true
-`, i, g.bridge, i, g.tag, i, g.name)
+		fmt.Fprintf(&s, ` -- --if-exists del-port vnet%d -- add-port %s vnet%d tag=%d -- set interface vnet%d external_ids:vm-id=$(uuid %s) other_config:transient=true`,
+			i, g.bridge, i, g.tag, i, g.name)
 	}
-	s.WriteString("sync\n")
-	h.script(s.String())
+	return s.String() + "\nsync\n"
 }
 
-// resume lets the guests run that a look has suspended.
-func (h host) resume() {
-	h.t.Helper()
-	h.script("for vm in $(virsh list --name); do virsh -q resume $vm; done")
-}
+// resume is a script that lets the guests run that have their leases.
+func (h host) resume() string { return "virsh -q '" + h.each("resume %s;") + "' || true\n" }
 
-// falls makes the host go down and returns once it answers again.
-func (h host) falls(how string) {
+// falls makes the host go down after a last script, and returns once it answers again.
+// Every connection takes seconds here, so there is one.
+func (h host) falls(how string, last ...string) {
 	h.t.Helper()
-	before := h.bootID()
+	script := "set -eu\n" + strings.Join(last, "") + "echo this boot is $(cat /proc/sys/kernel/random/boot_id)\n"
+	if how == "reboot" {
+		script += "systemctl reboot\n"
+	}
+	out, err := h.try(script)
+	_, rest, found := strings.Cut(out, "this boot is ")
+	id, _, _ := strings.Cut(rest, "\n")
+	if !found || err != nil && how != "reboot" { // whose connection may end first
+		h.t.Fatalf("on the host: %v\n%s\n%s", err, script, out)
+	}
 	if how == "cut" {
 		h.power("off", "node1")
 		h.power("on", "node1")
-	} else {
-		h.try("systemctl reboot") // the connection may end first
 	}
-	h.answers(before)
+	h.answers(id)
 }
 
 // answers returns once the host does, in another boot than the one named.
@@ -193,32 +202,32 @@ const (
 	faultPort  = "no OpenFlow port"
 )
 
-// faults looks at every guest and at the switch, when every guest has its lease
-// or none has come for a while.
+// faults looks at every guest and at the switch, when the boot has settled and every
+// guest has its lease or none has come for a while.
 func (h host) faults(patience time.Duration) (found []fault) {
 	h.t.Helper()
 	out := h.script(fmt.Sprintf(`
-n=-1; left=%d; held=
+systemctl is-system-running --wait >/dev/null
+n=-1; left=%d
 while [ $left -gt 0 ]; do
 	now=$(grep -c . /run/test-leases 2>/dev/null) || true
-	# A ROM that has nothing to start takes all the processor it can get.
-	for mac in $(awk '{ print $2 }' /run/test-leases 2>/dev/null); do
-		case $held in *$mac*) continue;; esac
-		held="$held $mac"; set -- %s; shift $((0x${mac##*:} - 1)); virsh -q suspend $1
-	done
 	[ "$now" = %d ] && break
 	[ "$now" = "$n" ] || { n=$now; left=%d; }
 	left=$((left - 2)); sleep 2
 done
-for vm in %s; do
-	set -- $(virsh domiflist $vm | awk 'NR > 2 && NF { print $1, $5 }')
-	lease=$(awk -v mac=$2 '$2 == mac { print $3 }' /run/test-leases)
-	port=$(ovs-vsctl port-to-br $1 -- get port $1 tag -- get interface $1 ofport 2>/dev/null) || port="- - -"
-	echo guest $vm $(virsh domstate $vm | tr -d ' \n') ${lease:--} $port
+virsh -q '%s' 2>/dev/null | awk '
+	function tell() { if (vm) print vm, state, dev, mac }
+	$1 == "Name:" { tell(); vm = $2; state = dev = mac = "-" }
+	$1 == "State:" { state = $2 $3 }
+	$5 ~ /..:..:/ { dev = $1; mac = $5 }
+	END { tell() }' | while read -r vm state dev mac; do
+	lease=$(awk -v mac=$mac '$2 == mac { print $3 }' /run/test-leases)
+	port=$(ovs-vsctl port-to-br $dev -- get port $dev tag -- get interface $dev ofport 2>/dev/null) || port="- - -"
+	echo guest $vm $state ${lease:--} $port
 done
 for dev in $(ovs-vsctl --bare --columns=name find interface 'external_ids:vm-id!=""'); do
 	[ -e /sys/class/net/$dev ] || echo "stale $dev"
-done`, int(patience.Seconds()), h.names(), len(h.guests), int(patience.Seconds()), h.names()))
+done`, int(patience.Seconds()), len(h.guests), int(patience.Seconds()), h.each("dominfo %[1]s; domiflist %[1]s;")))
 	seen := map[string]bool{}
 	for line := range strings.Lines(out) {
 		f := strings.Fields(line)
@@ -258,6 +267,15 @@ func (g guest) faults(state, lease, bridge, tag, ofport string) (found []fault) 
 	return found
 }
 
+// each is commands of virsh for every guest.
+func (h host) each(format string) string {
+	var s strings.Builder
+	for _, g := range h.guests {
+		fmt.Fprintf(&s, format, g.name)
+	}
+	return s.String()
+}
+
 // names of the guests, for a shell.
 func (h host) names() string {
 	var names []string
@@ -295,8 +313,9 @@ func (h host) install() {
 	// The messaging service is tested elsewhere; its start is half of a boot.
 	// Masked, not disabled, and killed, not stopped: the one reloads systemd again and
 	// again, the other is an orderly end of what has just begun; both take minutes.
+	// Nor does the test's own shell need a service manager, which takes seconds to start.
 	h.script(`all="nginx ejabberd haproxy patroni etcd"
-systemctl -q mask $all; systemctl -q kill -s KILL $all || true; systemctl -q stop $all`)
+systemctl -q mask $all user@0; systemctl -q kill -s KILL $all || true; systemctl -q stop $all`)
 }
 
 // files is every file that says how the host starts: its mode, owner, link and
@@ -384,7 +403,6 @@ func TestHost(t *testing.T) {
 	bytes := h.script(files)
 	h.upset()
 	h.falls("cut")
-	h.settled() // libvirt has tried to start them all
 	if found := h.faults(time.Minute); len(found) == 0 {
 		t.Error("the stock image has no fault: this test proves nothing")
 	} else {
