@@ -18,7 +18,7 @@ PACKAGES := curl e2fsprogs dosfstools mtools fdisk zstd xz-utils iproute2 openss
 	ipxe mmdebstrap debian-archive-keyring gpg arch-test \
 	xorriso \
 	qemu-system-x86 qemu-utils ipxe-qemu seabios ovmf libvirt-daemon libvirt-daemon-driver-qemu
-TEST_PACKAGES := systemd dbus-daemon gdisk xfsprogs rpm dnsmasq-base kea-admin atftp tcpdump chromium libnss3-tools nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
+TEST_PACKAGES := systemd dbus-daemon gdisk xfsprogs btrfs-progs rpm dnsmasq-base kea-admin atftp tcpdump chromium libnss3-tools nftables gcc libc6-dev openvswitch-switch go-sendxmpp openssl
 BENCH_PACKAGES := kexec-tools cpio busybox-static
 
 # Everything that goes into the programs, embedded files too.
