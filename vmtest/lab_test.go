@@ -47,6 +47,15 @@ func TestMain(m *testing.M) {
 		if l, err = Open(os.Getenv("VMTEST_DIR")); err == nil {
 			err = l.Exec(context.Background(), []string{"/proc/self/exe"}, []string{"127.0.0.1:0", "127.0.0.1:0"}, func(a net.Addr) { fmt.Println(a) })
 		}
+	case "name": // make a network namespace, let ip make one too, remove both
+		if err = ensureNetNS("ours"); err == nil {
+			var out []byte
+			if out, err = exec.Command("sh", "-ec", "ip netns add theirs; ip -n ours link; ip netns del theirs").CombinedOutput(); err != nil {
+				err = fmt.Errorf("%w: %s", err, out)
+			} else {
+				err = deleteNetNS("ours")
+			}
+		}
 	case "serve": // tell each passed socket's first client who serves it
 		for i := range 2 {
 			var ln net.Listener
@@ -494,6 +503,16 @@ func TestDownAfterUpWasKilled(t *testing.T) {
 				t.Errorf("the state folder holds %q", names)
 			}
 		})
+	}
+}
+
+// The first 'ip netns add' of a machine mounts the folder of names over itself: a
+// lab that was there before can be removed all the same.
+func TestNamesBesideIP(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "sh", "-c", `mount -t tmpfs none /run && exec "$0"`, os.Args[0])
+	cmd.Env = append(os.Environ(), "VMTEST_RUN=name")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
 }
 

@@ -49,17 +49,41 @@ func ensureNetNS(name string) error {
 		return err
 	}
 	return onThread(func() error {
-		// Another lab's Down may remove the empty folder just now.
-		for try := 0; ; try++ {
-			ns, err := netns.NewNamed(name)
-			if err == nil {
+		err := shareNetNS()
+		if err == nil {
+			var ns netns.NsHandle
+			if ns, err = netns.NewNamed(name); err == nil {
 				return ns.Close()
 			}
-			if try == 3 || !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("cannot make the network namespace %s, the lab needs root: %w", name, err)
-			}
 		}
+		return fmt.Errorf("cannot make the network namespace %s, the lab needs root: %w", name, err)
 	})
+}
+
+// shareNetNS makes the folder of network namespaces a shared mount, as the first
+// 'ip netns add' of a machine does: that mount would hide the namespaces that
+// are in the folder already, and no name could be removed any more. ip holds the
+// same lock meanwhile.
+func shareNetNS() error {
+	if err := os.MkdirAll(netnsFolder, 0o755); err != nil {
+		return err
+	}
+	lock, err := os.Open(netnsFolder)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return err
+	}
+	err = unix.Mount("", netnsFolder, "", unix.MS_SHARED|unix.MS_REC, "")
+	if err != unix.EINVAL { // it is no mount yet
+		return err
+	}
+	if err := unix.Mount(netnsFolder, netnsFolder, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", netnsFolder, "", unix.MS_SHARED|unix.MS_REC, "")
 }
 
 // deleteNetNS removes the name; the namespace goes with its last process.
@@ -71,7 +95,6 @@ func deleteNetNS(name string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove the network namespace %s: %w", path, err)
 	}
-	os.Remove(netnsFolder) // only if it is an ordinary, empty folder
 	return nil
 }
 
