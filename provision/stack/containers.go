@@ -26,6 +26,11 @@ const imagesDir = "/usr/share/platter/stack"
 // containersDir is podman's.
 const containersDir = "var/lib/containers"
 
+// podmanSecrets are lines of tmpfiles.d(5). podman plays no manifest while its
+// file of secrets is damaged, and it writes it in place: a power cut leaves it
+// empty. Only manifests have secrets, and each brings its own when it is played.
+const podmanSecrets = "# Written by Platter.\nR! /" + containersDir + "/storage/secrets\n"
+
 // contained tells whether podman runs the component.
 func contained(c provision.PlacedComponent) bool {
 	return c.Kind == provision.KindCompose || c.Kind == provision.KindKube

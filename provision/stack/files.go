@@ -120,7 +120,11 @@ func files(root string, plan provision.Plan, sec provision.StackSecrets) ([]file
 	if err != nil {
 		return nil, err
 	}
-	out := []file{{path: secretsFile, mode: 0o600, text: string(secrets) + "\n"}}
+	out := []file{
+		{path: secretsFile, mode: 0o600, text: string(secrets) + "\n"},
+		// The next boot reads it.
+		{path: "etc/tmpfiles.d/platter-containers.conf", mode: 0o644, reload: true, text: podmanSecrets},
+	}
 	view := provision.ViewOf(plan, sec)
 	var wrong []error
 	for _, c := range here(plan) {
