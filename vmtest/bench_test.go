@@ -30,7 +30,7 @@ import (
 // It prints; it judges only that both became ready.
 func TestBenchInstall(t *testing.T) {
 	r := newRig(t, fmt.Sprintf(labHead, "bench")+`
-  - {name: node1, mac: "52:54:00:77:09:01", firmware: bios, cpus: 2, memory: 3GiB, disks: [{size: 832MiB, serial: one}]}
+  - {name: node1, mac: "52:54:00:77:09:01", firmware: bios, cpus: 2, memory: 3GiB, disks: [{size: 1280MiB, serial: one}]}
 `, strings.Replace(rackHead, "stack: {", "stack: {undersized: true, ", 1)+`
   - {name: node1, slot: U1, mac: "52:54:00:77:09:01", address: 10.77.0.11}
 `)
